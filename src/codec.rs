@@ -1,0 +1,322 @@
+//! The stored answer and its bytes. They are written once, when the operation completes, and read in place by every replay.
+//!
+//! Version 1, all numbers little-endian:
+//!
+//! | bytes | content |
+//! |---|---|
+//! | 1 | version, 1 |
+//! | 1 | flags: 1 = answer not kept, 2 = trailers present, 4 = trailers were announced |
+//! | 2 | status |
+//! | 4 | length of the headers |
+//! | 4 | length of the trailers |
+//! | 8 | length of the body |
+//! | n | headers: for each the length of its name (2), of its value (4), name, value |
+//! | n | trailers, likewise |
+//! | n | body, to the end |
+
+use std::fmt;
+
+use bytes::{Buf, Bytes};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+
+use crate::error::{StoreError, StoreErrorKind};
+
+const VERSION: u8 = 1;
+const NOT_KEPT: u8 = 1;
+const TRAILERS: u8 = 2;
+const TRAILERS_ANNOUNCED: u8 = 4;
+const HEAD: usize = 20;
+
+/// The answer of a completed operation as a store keeps it: one buffer that is cheap to clone and never changes.
+///
+/// A store saves [`as_bytes`](Self::as_bytes) and restores [`from_bytes`](Self::from_bytes).
+#[derive(Clone, PartialEq, Eq)]
+pub struct StoredResponse {
+    bytes: Bytes,
+}
+
+/// What a [`StoredResponse`] holds once it is read.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+    pub(crate) trailers: Option<Box<HeaderMap>>,
+    pub(crate) trailers_announced: bool,
+}
+
+impl StoredResponse {
+    /// Writes an answer down. `keep` chooses its headers.
+    pub(crate) fn encode(
+        status: StatusCode,
+        headers: &HeaderMap,
+        keep: impl Fn(&HeaderName) -> bool,
+        body: &[u8],
+        trailers: Option<&HeaderMap>,
+    ) -> Self {
+        let headers_length = fields_length(headers, &keep);
+        let trailers_length = trailers.map_or(0, |trailers| fields_length(trailers, &keep));
+        let mut flags = 0;
+        if trailers.is_some() {
+            flags |= TRAILERS;
+        }
+        if headers.contains_key(http::header::TRAILER) {
+            flags |= TRAILERS_ANNOUNCED;
+        }
+        // Exact, so that the buffer is neither copied nor holds spare room.
+        let mut out = Vec::with_capacity(HEAD + headers_length + trailers_length + body.len());
+        push_head(&mut out, flags, status, [headers_length, trailers_length, body.len()]);
+        push_fields(&mut out, headers, &keep);
+        if let Some(trailers) = trailers {
+            push_fields(&mut out, trailers, &keep);
+        }
+        out.extend_from_slice(body);
+        Self { bytes: out.into() }
+    }
+
+    /// The operation is done and was answered with `status`, but the answer is not kept.
+    pub fn not_kept(status: StatusCode) -> Self {
+        let mut out = Vec::with_capacity(HEAD);
+        push_head(&mut out, NOT_KEPT, status, [0, 0, 0]);
+        Self { bytes: out.into() }
+    }
+
+    /// Takes back what [`as_bytes`](Self::as_bytes) gave. The bytes are kept, not copied.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::NewerVersion`] for a version that this code does not know, and
+    /// [`StoreErrorKind::Corrupt`] for anything that is not a stored answer.
+    pub fn from_bytes(bytes: Bytes) -> Result<Self, StoreError> {
+        let stored = Self { bytes };
+        stored.decode()?;
+        Ok(stored)
+    }
+
+    /// The bytes to save: self-contained and versioned.
+    pub fn as_bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+
+    /// The size in bytes, headers and body together.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Never true: even an answer that was not kept has a status.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// Whether there is an answer to replay.
+    pub fn is_kept(&self) -> bool {
+        self.bytes.get(1).is_some_and(|flags| flags & NOT_KEPT == 0)
+    }
+
+    /// The status of the first answer.
+    pub fn status(&self) -> StatusCode {
+        // Bytes that hold no status are found corrupt wherever they are decoded.
+        let status = self.bytes.get(2..4).map_or(0, |mut bytes| bytes.get_u16_le());
+        StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+    }
+
+    /// Reads the answer; its body and values are slices of the stored bytes.
+    pub(crate) fn decode(&self) -> Result<Answer, StoreError> {
+        let mut rest = self.bytes.clone();
+        let version = rest.try_get_u8().map_err(corrupt)?;
+        if version > VERSION {
+            return Err(StoreErrorKind::NewerVersion.into());
+        }
+        if version < VERSION {
+            return Err(corrupt("there is no version 0"));
+        }
+        let flags = rest.try_get_u8().map_err(corrupt)?;
+        if flags & !(NOT_KEPT | TRAILERS | TRAILERS_ANNOUNCED) != 0 {
+            return Err(corrupt("unknown flags"));
+        }
+        let status = StatusCode::from_u16(rest.try_get_u16_le().map_err(corrupt)?).map_err(corrupt)?;
+        let headers_length = rest.try_get_u32_le().map_err(corrupt)?;
+        let trailers_length = rest.try_get_u32_le().map_err(corrupt)?;
+        let body_length = rest.try_get_u64_le().map_err(corrupt)?;
+        let headers = take_fields(&mut rest, headers_length)?;
+        let trailers = take_fields(&mut rest, trailers_length)?;
+        if rest.len() as u64 != body_length {
+            return Err(corrupt("the body is not as long as it was"));
+        }
+        Ok(Answer {
+            status,
+            headers,
+            body: rest,
+            trailers: (flags & TRAILERS != 0).then(|| Box::new(trailers)),
+            trailers_announced: flags & TRAILERS_ANNOUNCED != 0,
+        })
+    }
+}
+
+impl fmt::Debug for StoredResponse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "StoredResponse({} bytes)", self.len())
+    }
+}
+
+fn push_head(out: &mut Vec<u8>, flags: u8, status: StatusCode, [headers, trailers, body]: [usize; 3]) {
+    out.extend_from_slice(&[VERSION, flags]);
+    out.extend_from_slice(&status.as_u16().to_le_bytes());
+    out.extend_from_slice(&(headers as u32).to_le_bytes());
+    out.extend_from_slice(&(trailers as u32).to_le_bytes());
+    out.extend_from_slice(&(body as u64).to_le_bytes());
+}
+
+fn fields_length(fields: &HeaderMap, keep: impl Fn(&HeaderName) -> bool) -> usize {
+    let kept = fields.iter().filter(|(name, _)| keep(name));
+    kept.map(|(name, value)| 6 + name.as_str().len() + value.len()).sum()
+}
+
+fn push_fields(out: &mut Vec<u8>, fields: &HeaderMap, keep: impl Fn(&HeaderName) -> bool) {
+    for (name, value) in fields.iter().filter(|(name, _)| keep(name)) {
+        out.extend_from_slice(&(name.as_str().len() as u16).to_le_bytes());
+        out.extend_from_slice(&(value.len() as u32).to_le_bytes());
+        out.extend_from_slice(name.as_str().as_bytes());
+        out.extend_from_slice(value.as_bytes());
+    }
+}
+
+fn take_fields(rest: &mut Bytes, length: u32) -> Result<HeaderMap, StoreError> {
+    let mut section = take(rest, length as usize)?;
+    let mut fields = HeaderMap::new();
+    while section.has_remaining() {
+        let name = section.try_get_u16_le().map_err(corrupt)?;
+        let value = section.try_get_u32_le().map_err(corrupt)?;
+        let name = HeaderName::from_bytes(&take(&mut section, name.into())?).map_err(corrupt)?;
+        let value = HeaderValue::from_maybe_shared(take(&mut section, value as usize)?).map_err(corrupt)?;
+        fields.try_append(name, value).map_err(corrupt)?;
+    }
+    Ok(fields)
+}
+
+fn take(rest: &mut Bytes, length: usize) -> Result<Bytes, StoreError> {
+    if length > rest.len() {
+        return Err(corrupt("a length points past the end"));
+    }
+    Ok(rest.split_to(length))
+}
+
+fn corrupt(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> StoreError {
+    StoreError::with_source(StoreErrorKind::Corrupt, source)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn sample() -> StoredResponse {
+        let mut headers = HeaderMap::new();
+        headers.append("content-type", HeaderValue::from_static("text/plain"));
+        headers.append("x-twice", HeaderValue::from_static("one"));
+        headers.append("x-twice", HeaderValue::from_bytes(b"\xfftwo").unwrap());
+        headers.append("date", HeaderValue::from_static("today"));
+        let mut trailers = HeaderMap::new();
+        trailers.append("grpc-status", HeaderValue::from_static("0"));
+        StoredResponse::encode(
+            StatusCode::CREATED,
+            &headers,
+            |name| name != "date",
+            b"body",
+            Some(&trailers),
+        )
+    }
+
+    /// Version 1 as it was first released. These bytes are on disks: they never change.
+    const GOLDEN: &str = "0102c9003d00000012000000\
+        0400000000000000\
+        0c000a000000636f6e74656e742d74797065746578742f706c61696e\
+        070003000000782d74776963656f6e65\
+        070004000000782d7477696365ff74776f\
+        0b0001000000677270632d73746174757330\
+        626f6479";
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    #[test]
+    fn version_1_is_written_and_read_as_it_was_first_released() {
+        assert_eq!(hex(sample().as_bytes()), GOLDEN);
+        let bytes: Vec<u8> = (0..GOLDEN.len())
+            .step_by(2)
+            .map(|at| u8::from_str_radix(&GOLDEN[at..at + 2], 16).unwrap())
+            .collect();
+        let answer = StoredResponse::from_bytes(bytes.into()).unwrap().decode().unwrap();
+        assert_eq!(answer.status, StatusCode::CREATED);
+        let twice: Vec<_> = answer
+            .headers
+            .get_all("x-twice")
+            .iter()
+            .map(HeaderValue::as_bytes)
+            .collect();
+        assert_eq!(twice, [&b"one"[..], b"\xfftwo"]);
+        assert_eq!(answer.headers.len(), 3);
+        assert_eq!(answer.trailers.unwrap()["grpc-status"], "0");
+        assert_eq!(answer.body, "body");
+    }
+
+    #[test]
+    fn an_answer_that_is_not_kept_has_a_status_and_nothing_else() {
+        let stored = StoredResponse::not_kept(StatusCode::ACCEPTED);
+        assert!(!stored.is_kept());
+        assert!(sample().is_kept());
+        let answer = StoredResponse::from_bytes(stored.as_bytes().clone())
+            .unwrap()
+            .decode()
+            .unwrap();
+        assert_eq!(answer.status, StatusCode::ACCEPTED);
+        assert!(answer.headers.is_empty() && answer.body.is_empty() && answer.trailers.is_none());
+    }
+
+    #[test]
+    fn the_body_of_a_replay_is_not_copied() {
+        let stored = sample();
+        let body = stored.decode().unwrap().body;
+        assert!(stored.as_bytes().as_ptr_range().contains(&body.as_ptr()));
+    }
+
+    #[test]
+    fn a_newer_version_is_an_error_of_its_own() {
+        let mut bytes = sample().as_bytes().to_vec();
+        bytes[0] = 2;
+        let error = StoredResponse::from_bytes(bytes.into()).unwrap_err();
+        assert_eq!(error.kind(), StoreErrorKind::NewerVersion);
+    }
+
+    #[test]
+    fn bytes_that_end_early_or_late_are_corrupt() {
+        let bytes = sample().as_bytes().clone();
+        for end in 0..bytes.len() {
+            let error = StoredResponse::from_bytes(bytes.slice(..end)).unwrap_err();
+            assert_eq!(error.kind(), StoreErrorKind::Corrupt, "cut at {end}");
+        }
+        let longer = [&bytes[..], b"x"].concat();
+        assert_eq!(
+            StoredResponse::from_bytes(longer.into()).unwrap_err().kind(),
+            StoreErrorKind::Corrupt
+        );
+    }
+
+    #[test]
+    fn no_bytes_make_the_reader_panic() {
+        use proptest::prelude::*;
+        proptest!(|(mut bytes in proptest::collection::vec(any::<u8>(), 0..80), version in 0u8..3)| {
+            if let Some(first) = bytes.first_mut() {
+                *first = version;
+            }
+            let _ = StoredResponse::from_bytes(bytes.into());
+        });
+        let good = sample().as_bytes().to_vec();
+        proptest!(|(at in 0..good.len(), with in any::<u8>())| {
+            let mut bytes = good.clone();
+            bytes[at] = with;
+            let _ = StoredResponse::from_bytes(bytes.into());
+        });
+    }
+}

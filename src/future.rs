@@ -1,0 +1,265 @@
+//! The future of a request, as named states: it passes, or is refused, or is read, run and perhaps waited for.
+
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use http::{Request, Response, request};
+use http_body::Body;
+use http_body_util::LengthLimitError;
+use pin_project_lite::pin_project;
+use tokio::runtime::Handle;
+use tower_service::Service;
+use tracing::{Instrument, Span};
+
+use crate::{
+    body::{BufferedBody, Collected, End, RequestBody, ResponseBody},
+    flow::{self, Exchange, Step},
+    key::IdempotencyKey,
+    rejection::{Rejection, RejectionKind},
+    shared::Shared,
+};
+
+pin_project! {
+    /// The future of an [`Idempotency`](crate::Idempotency) service.
+    ///
+    /// Dropped while the body is read or while it waits for another request, it ends there. Dropped after the store
+    /// was asked, it moves itself to a task and runs to its end, in the span that it was polled in.
+    pub struct ResponseFuture<S, B, R>
+    where
+        S: Service<Request<B>>,
+        S: 'static,
+        S::Error: 'static,
+        R: Body,
+        R: 'static,
+    {
+        #[pin]
+        state: State<S, S::Future, B, R, S::Error>,
+    }
+}
+
+pin_project! {
+    #[project = StateProj]
+    enum State<S, F, B, R, E>
+    where
+        S: 'static,
+        R: Body,
+        R: 'static,
+        E: 'static,
+    {
+        Passed { #[pin] future: F },
+        Answered { response: Option<Response<ResponseBody<R>>> },
+        Reading { reading: Option<Reading<S>>, collected: Collected, #[pin] body: B },
+        Running { run: Detachable<Step<S, R, E>> },
+        Waiting { wait: Pin<Box<dyn Future<Output = Box<Exchange<S>>> + Send>> },
+    }
+}
+
+/// A request with a key whose body is being read. Nothing has been begun.
+pub(crate) struct Reading<S> {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) service: S,
+    pub(crate) parts: request::Parts,
+    pub(crate) key: IdempotencyKey,
+}
+
+impl<S, B, R> ResponseFuture<S, B, R>
+where
+    S: Service<Request<B>> + 'static,
+    S::Error: 'static,
+    R: Body + 'static,
+{
+    pub(crate) fn passed(future: S::Future) -> Self {
+        Self {
+            state: State::Passed { future },
+        }
+    }
+
+    pub(crate) fn answered(response: Response<ResponseBody<R>>) -> Self {
+        Self {
+            state: State::Answered {
+                response: Some(response),
+            },
+        }
+    }
+
+    pub(crate) fn reading(reading: Reading<S>, body: B) -> Self {
+        Self {
+            state: State::Reading {
+                reading: Some(reading),
+                collected: Collected::default(),
+                body,
+            },
+        }
+    }
+}
+
+impl<S, B, R> Future for ResponseFuture<S, B, R>
+where
+    S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+    B: RequestBody + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    R: Body + Send + 'static,
+    R::Error: Send + 'static,
+{
+    type Output = Result<Response<ResponseBody<R>>, S::Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = self.project().state;
+        loop {
+            let next = match state.as_mut().project() {
+                StateProj::Passed { future } => {
+                    return future.poll(cx).map_ok(|response| response.map(ResponseBody::passed));
+                }
+                StateProj::Answered { response } => {
+                    return response
+                        .take()
+                        .map_or(Poll::Pending, |response| Poll::Ready(Ok(response)));
+                }
+                StateProj::Reading {
+                    reading,
+                    collected,
+                    body,
+                } => {
+                    let Some(limit) = reading.as_ref().map(Reading::limit) else {
+                        return Poll::Pending;
+                    };
+                    let end = ready!(collected.poll_from(body, limit, cx));
+                    let Some(reading) = reading.take() else {
+                        return Poll::Pending;
+                    };
+                    match reading.finish(std::mem::take(collected), end) {
+                        Ok(exchange) => State::Running {
+                            run: Detachable::new(Arc::clone(&exchange.shared), flow::run(exchange)),
+                        },
+                        Err(response) => State::Answered {
+                            response: Some(response),
+                        },
+                    }
+                }
+                StateProj::Running { run } => match ready!(run.poll(cx)) {
+                    Step::Done(result) => return Poll::Ready(result),
+                    Step::Wait(exchange) => State::Waiting {
+                        wait: Box::pin(exchange.wait()),
+                    },
+                },
+                StateProj::Waiting { wait } => {
+                    let exchange = ready!(wait.as_mut().poll(cx));
+                    State::Running {
+                        run: Detachable::new(Arc::clone(&exchange.shared), flow::run(*exchange)),
+                    }
+                }
+            };
+            state.set(next);
+        }
+    }
+}
+
+impl<S> Reading<S> {
+    fn limit(&self) -> usize {
+        self.shared.policy.max_request_body
+    }
+
+    fn finish<R: Body, E>(self, collected: Collected, end: End<E>) -> Result<Exchange<S>, Response<ResponseBody<R>>>
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let Self {
+            shared,
+            service,
+            parts,
+            key,
+        } = self;
+        let body: BufferedBody = match end {
+            End::Whole => collected.into_body(),
+            End::OverLimit => return Err(shared.refuse(too_large(shared.policy.max_request_body), &parts)),
+            End::Broken(error) => return Err(shared.refuse(broken(error.into()), &parts)),
+        };
+        let asked = Arc::clone(&shared);
+        Exchange::new(shared, service, parts, body, key).map_err(|(rejection, parts)| asked.refuse(rejection, &parts))
+    }
+}
+
+pub(crate) fn too_large(limit: usize) -> Rejection {
+    Rejection::new(RejectionKind::BodyTooLarge).with_detail(format!("the limit is {limit} bytes"))
+}
+
+/// A limit above this layer makes the body break, too; that is not the client's connection.
+fn broken(error: Box<dyn std::error::Error + Send + Sync>) -> Rejection {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&*error);
+    while let Some(error) = cause {
+        if error.is::<LengthLimitError>() {
+            return Rejection::new(RejectionKind::BodyTooLarge).with_detail("it is over the server's limit".to_owned());
+        }
+        cause = error.source();
+    }
+    tracing::debug!(%error, "a request body broke off");
+    Rejection::new(RejectionKind::BodyIncomplete)
+}
+
+/// Work that must not be cut: polled in place, and moved to a task of its own when it is dropped unfinished.
+struct Detachable<T: 'static> {
+    /// Away while it is polled, so that work that panicked is not polled again.
+    work: Option<Pin<Box<dyn Future<Output = T> + Send>>>,
+    /// Where to go; known once the work has been pending.
+    home: Option<(Handle, Span)>,
+    shared: Arc<Shared>,
+}
+
+impl<T: 'static> Detachable<T> {
+    fn new(shared: Arc<Shared>, work: impl Future<Output = T> + Send + 'static) -> Self {
+        Self {
+            work: Some(Box::pin(work)),
+            home: None,
+            shared,
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<T> {
+        let Some(mut work) = self.work.take() else {
+            return Poll::Pending;
+        };
+        let poll = work.as_mut().poll(cx);
+        if poll.is_pending() {
+            if self.home.is_none() {
+                self.home = Handle::try_current().ok().map(|runtime| (runtime, Span::current()));
+            }
+            self.work = Some(work);
+        }
+        poll
+    }
+}
+
+impl<T: 'static> Drop for Detachable<T> {
+    fn drop(&mut self) {
+        if let (Some(work), Some((runtime, span))) = (self.work.take(), self.home.take()) {
+            self.shared.tally.detached.add();
+            tracing::debug!(parent: &span, "the client left; its request runs on");
+            let work = async move { drop(work.await) };
+            self.shared.tasks.spawn(&runtime, work.instrument(span));
+        }
+    }
+}
+
+impl<S, B, R> fmt::Debug for ResponseFuture<S, B, R>
+where
+    S: Service<Request<B>> + 'static,
+    S::Error: 'static,
+    R: Body + 'static,
+{
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match &self.state {
+            State::Passed { .. } => "ResponseFuture::Passed(..)",
+            State::Answered { .. } => "ResponseFuture::Answered(..)",
+            State::Reading { .. } => "ResponseFuture::Reading(..)",
+            State::Running { .. } => "ResponseFuture::Running(..)",
+            State::Waiting { .. } => "ResponseFuture::Waiting(..)",
+        })
+    }
+}

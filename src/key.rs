@@ -1,0 +1,380 @@
+//! The idempotency key: where it is taken from and what it may look like.
+
+use std::{fmt, sync::Arc};
+
+use http::{HeaderMap, HeaderName, HeaderValue, request::Parts};
+use sfv::{BareItem, Item, Parser};
+
+use crate::rejection::{Rejection, RejectionKind};
+
+/// The client's name for one operation, already checked against the layer's rules.
+///
+/// Keys are case-sensitive. The text is at most [`max_key_length`](crate::IdempotencyLayer::max_key_length)
+/// characters long; by default each is visible ASCII.
+///
+/// A key may identify a customer, so `Debug` does not show it; [`as_str`](Self::as_str) does.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct IdempotencyKey(Arc<str>);
+
+impl IdempotencyKey {
+    /// The characters of the key, without the quotes of a structured field.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for IdempotencyKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("IdempotencyKey(..)")
+    }
+}
+
+/// How the value of a key header is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum KeyFormat {
+    /// A Structured Field String (`"8e03"`) and the bare characters (`8e03`) are the same key.
+    #[default]
+    Lenient,
+    /// Only a Structured Field String (RFC 9651 §3.3.3) is a key, as the IETF draft asks for.
+    Strict,
+}
+
+/// Where the idempotency key of a request is found.
+///
+/// ```
+/// use tower_idempotency::KeySource;
+///
+/// let one = KeySource::header("idempotency-key");
+/// let first_of_two = KeySource::headers(["x-request-id", "request-id"]);
+/// let from_the_path = KeySource::parts(|parts| {
+///     parts.uri.path().rsplit('/').next().map(str::to_owned)
+/// });
+/// ```
+#[derive(Clone)]
+pub struct KeySource(Source);
+
+type FromParts = dyn Fn(&Parts) -> Option<String> + Send + Sync;
+
+#[derive(Clone)]
+enum Source {
+    Headers(Arc<[HeaderName]>),
+    Parts(Arc<FromParts>),
+}
+
+impl KeySource {
+    /// One header, named in lower case. A request that carries it on two lines is refused.
+    ///
+    /// # Panics
+    /// If `name` is not a header name in lower case.
+    pub fn header(name: &'static str) -> Self {
+        Self::headers([name])
+    }
+
+    /// The first of several headers that the request carries, in the order given here.
+    ///
+    /// # Panics
+    /// If there is no name, or one is not a header name in lower case.
+    pub fn headers(names: impl IntoIterator<Item = &'static str>) -> Self {
+        let names: Arc<[_]> = names.into_iter().map(HeaderName::from_static).collect();
+        assert!(!names.is_empty(), "a key source needs at least one header");
+        Self(Source::Headers(names))
+    }
+
+    /// Whatever the closure makes of the request's parts; `None` means that no key was sent.
+    pub fn parts(key: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
+        Self(Source::Parts(Arc::new(key)))
+    }
+}
+
+impl Default for KeySource {
+    /// The `Idempotency-Key` header.
+    fn default() -> Self {
+        Self::header("idempotency-key")
+    }
+}
+
+impl fmt::Debug for KeySource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Source::Headers(names) => f.debug_tuple("Headers").field(names).finish(),
+            Source::Parts(_) => f.write_str("Parts(..)"),
+        }
+    }
+}
+
+/// A closure's answer for a key that it does not take: the rule that the key broke, for the client to read.
+type KeyRule = dyn Fn(&str) -> Result<(), &'static str> + Send + Sync;
+
+/// What a key may look like.
+#[derive(Clone)]
+pub(crate) struct KeyRules {
+    pub(crate) format: KeyFormat,
+    pub(crate) max_length: usize,
+    pub(crate) rule: Arc<KeyRule>,
+}
+
+impl Default for KeyRules {
+    fn default() -> Self {
+        Self {
+            format: KeyFormat::Lenient,
+            max_length: 255,
+            rule: Arc::new(visible_ascii),
+        }
+    }
+}
+
+fn visible_ascii(key: &str) -> Result<(), &'static str> {
+    if key.bytes().all(|byte| byte.is_ascii_graphic()) {
+        Ok(())
+    } else {
+        Err("the idempotency key may contain only visible ASCII characters")
+    }
+}
+
+impl KeySource {
+    /// The key of this request, `None` if it carries none, or the rule that its key breaks.
+    pub(crate) fn find(&self, parts: &Parts, rules: &KeyRules) -> Result<Option<IdempotencyKey>, Rejection> {
+        match &self.0 {
+            Source::Headers(names) => {
+                // A request without a key is the common one on many routers: leave at once.
+                let Some(name) = names.iter().find(|name| parts.headers.contains_key(*name)) else {
+                    return Ok(None);
+                };
+                let mut lines = parts.headers.get_all(name).iter();
+                let (Some(value), None) = (lines.next(), lines.next()) else {
+                    return Err(rules.invalid(format!("the header `{name}` was sent more than once")));
+                };
+                rules.parse_header(name, value).map(Some)
+            }
+            Source::Parts(key) => match key(parts) {
+                None => Ok(None),
+                Some(text) => rules.check(&text).map(Some),
+            },
+        }
+    }
+
+    /// A quick look: `false` means that the request carries no key.
+    pub(crate) fn may_be_in(&self, headers: &HeaderMap) -> bool {
+        match &self.0 {
+            Source::Headers(names) => names.iter().any(|name| headers.contains_key(name)),
+            Source::Parts(_) => true,
+        }
+    }
+
+    /// What to call the place in a message to the client.
+    pub(crate) fn describe(&self) -> String {
+        match &self.0 {
+            Source::Headers(names) => {
+                let names: Vec<_> = names.iter().map(|name| format!("`{name}`")).collect();
+                format!("the header {}", names.join(" or "))
+            }
+            Source::Parts(_) => "an idempotency key".to_owned(),
+        }
+    }
+}
+
+impl KeyRules {
+    fn parse_header(&self, name: &HeaderName, value: &HeaderValue) -> Result<IdempotencyKey, Rejection> {
+        let bytes = value.as_bytes().trim_ascii();
+        // In the longest accepted form every character is escaped and the whole is quoted.
+        if bytes.len() > self.max_length.saturating_mul(4).saturating_add(2) {
+            return Err(self.too_long());
+        }
+        if bytes.starts_with(b"\"") {
+            return match Parser::new(bytes).parse::<Item>() {
+                Ok(item) if !item.params.is_empty() => Err(self.invalid(format!(
+                    "the header `{name}` carries parameters after the quoted string"
+                ))),
+                Ok(Item {
+                    bare_item: BareItem::String(text),
+                    ..
+                }) => self.check(text.as_str()),
+                Ok(_) | Err(_) => Err(self.invalid(format!(
+                    "the header `{name}` starts with a quote but is not a structured field string (RFC 9651)"
+                ))),
+            };
+        }
+        if self.format == KeyFormat::Strict {
+            return Err(self.invalid(format!(
+                "the header `{name}` must be a quoted structured field string (RFC 9651), such as \"8e03978e\""
+            )));
+        }
+        match std::str::from_utf8(bytes) {
+            Ok(text) => self.check(text),
+            Err(_) => Err(self.invalid(format!("the header `{name}` is not text"))),
+        }
+    }
+
+    fn check(&self, text: &str) -> Result<IdempotencyKey, Rejection> {
+        if text.is_empty() {
+            return Err(self.invalid("the idempotency key is empty".to_owned()));
+        }
+        // Bytes first: counting the characters of a huge key would be work for an attacker's sake.
+        if text.len() > self.max_length.saturating_mul(4) || text.chars().count() > self.max_length {
+            return Err(self.too_long());
+        }
+        match (self.rule)(text) {
+            Ok(()) => Ok(IdempotencyKey(Arc::from(text))),
+            Err(rule) => Err(self.invalid(rule.to_owned())),
+        }
+    }
+
+    fn too_long(&self) -> Rejection {
+        self.invalid(format!(
+            "the idempotency key is longer than {} characters",
+            self.max_length
+        ))
+    }
+
+    fn invalid(&self, detail: String) -> Rejection {
+        Rejection::new(RejectionKind::KeyInvalid).with_detail(detail)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn find(source: &KeySource, rules: &KeyRules, lines: &[(&'static str, &[u8])]) -> Result<Option<String>, String> {
+        let mut request = http::Request::new(());
+        for (name, value) in lines {
+            request
+                .headers_mut()
+                .append(*name, HeaderValue::from_bytes(value).unwrap());
+        }
+        let (parts, ()) = request.into_parts();
+        match source.find(&parts, rules) {
+            Ok(key) => Ok(key.map(|key| key.as_str().to_owned())),
+            Err(rejection) => {
+                assert_eq!(rejection.kind(), RejectionKind::KeyInvalid);
+                Err(rejection.detail().unwrap().to_owned())
+            }
+        }
+    }
+
+    fn lenient(value: &[u8]) -> Result<String, String> {
+        find(
+            &KeySource::default(),
+            &KeyRules::default(),
+            &[("idempotency-key", value)],
+        )
+        .map(Option::unwrap)
+    }
+
+    fn strict(value: &[u8]) -> Result<String, String> {
+        let rules = KeyRules {
+            format: KeyFormat::Strict,
+            ..KeyRules::default()
+        };
+        find(&KeySource::default(), &rules, &[("idempotency-key", value)]).map(Option::unwrap)
+    }
+
+    #[test]
+    fn quoted_and_bare_forms_of_the_same_characters_are_the_same_key() {
+        assert_eq!(lenient(b"8e03"), lenient(b"\"8e03\""));
+        assert_eq!(
+            lenient(br#"a\"b"#),
+            Ok(r#"a\"b"#.to_owned()),
+            "a bare key has no escapes"
+        );
+        assert_eq!(lenient(br#""a\"b""#), Ok(r#"a"b"#.to_owned()));
+        assert_eq!(lenient(br#""a\\b""#), Ok(r"a\b".to_owned()));
+    }
+
+    #[test]
+    fn strict_takes_only_the_quoted_form() {
+        assert_eq!(strict(b"\"8e03\""), Ok("8e03".to_owned()));
+        for value in [&b"8e03"[..], b"12", b"?1", b":YQ==:", b"@5", b""] {
+            assert!(strict(value).unwrap_err().contains("quoted"), "{value:?}");
+        }
+    }
+
+    #[test]
+    fn every_unusable_key_is_refused_with_the_rule_that_it_broke() {
+        let long = [b'k'; 256];
+        let huge = vec![b'k'; 500_000];
+        let quoted_long = [&b"\""[..], &long[..], b"\""].concat();
+        for (value, rule) in [
+            (&b""[..], "empty"),
+            (b"  ", "empty"),
+            (b"\"\"", "empty"),
+            (&long, "longer than 255"),
+            (&huge, "longer than 255"),
+            (&quoted_long, "longer than 255"),
+            (b"a, b", "visible ASCII"),
+            (b"a b", "visible ASCII"),
+            (b"\"a b\"", "visible ASCII"),
+            (b"\xff", "not text"),
+            ("schlüssel".as_bytes(), "visible ASCII"),
+            (b"a\tb", "visible ASCII"),
+            (b"\"a", "structured field string"),
+            (b"\"a\"b", "structured field string"),
+            (b"\"a\", \"b\"", "structured field string"),
+            (br#""a\x""#, "structured field string"),
+            (b"\"a\";x=1", "parameters"),
+        ] {
+            let detail = lenient(value).unwrap_err();
+            assert!(detail.contains(rule), "{detail:?} does not say {rule:?}");
+        }
+    }
+
+    #[test]
+    fn keys_that_mean_something_elsewhere_are_only_characters_here() {
+        for value in ["x{1}y", "*", ":", "';DROP", "a,b", "a;x=1", "a:b", &"k".repeat(255)] {
+            assert_eq!(lenient(value.as_bytes()), Ok(value.to_owned()));
+        }
+        assert_ne!(lenient(b"ABC"), lenient(b"abc"));
+    }
+
+    #[test]
+    fn a_header_on_two_lines_is_refused_even_when_both_say_the_same() {
+        let twice: &[(_, &[u8])] = &[("idempotency-key", b"a"), ("idempotency-key", b"a")];
+        let detail = find(&KeySource::default(), &KeyRules::default(), twice).unwrap_err();
+        assert!(detail.contains("more than once"));
+    }
+
+    #[test]
+    fn the_first_header_of_several_that_is_there_is_the_key() {
+        let source = KeySource::headers(["x-request-id", "request-id"]);
+        let rules = KeyRules::default();
+        assert_eq!(find(&source, &rules, &[]), Ok(None));
+        assert_eq!(find(&source, &rules, &[("request-id", b"b")]), Ok(Some("b".to_owned())));
+        let both: &[(_, &[u8])] = &[("request-id", b"b"), ("x-request-id", b"a")];
+        assert_eq!(find(&source, &rules, both), Ok(Some("a".to_owned())));
+    }
+
+    #[test]
+    fn a_closure_takes_the_key_from_the_parts_and_the_rules_still_hold() {
+        let source = KeySource::parts(|parts| Some(parts.uri.path().trim_start_matches('/').to_owned()));
+        let find = |uri: &str| {
+            let (parts, ()) = http::Request::builder().uri(uri).body(()).unwrap().into_parts();
+            source.find(&parts, &KeyRules::default())
+        };
+        assert_eq!(find("/abc").unwrap().unwrap().as_str(), "abc");
+        assert_eq!(find("/").unwrap_err().kind(), RejectionKind::KeyInvalid);
+    }
+
+    #[test]
+    fn the_rule_may_be_replaced_and_the_limit_counts_characters() {
+        let rules = KeyRules {
+            max_length: 3,
+            rule: Arc::new(|_| Ok(())),
+            ..KeyRules::default()
+        };
+        let source = KeySource::default();
+        assert_eq!(
+            find(&source, &rules, &[("idempotency-key", "äöü".as_bytes())]),
+            Ok(Some("äöü".to_owned()))
+        );
+        assert!(find(&source, &rules, &[("idempotency-key", "äöüß".as_bytes())]).is_err());
+    }
+
+    #[test]
+    fn debug_does_not_show_the_key() {
+        let key = KeyRules::default().check("secret").unwrap();
+        assert!(!format!("{key:?}").contains("secret"));
+    }
+}

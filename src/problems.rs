@@ -1,0 +1,49 @@
+//! # The problem types
+//!
+//! A request that is refused is answered with a problem document (RFC 9457) whose `type` leads here. What each means
+//! to the client, and whether to send the request again:
+//!
+//! ## idempotency-key-missing
+//! **400.** The operation requires an idempotency key and none was sent. Nothing ran. Send the request with a key.
+//!
+//! ## idempotency-key-invalid
+//! **400.** The key is empty, too long, has characters that are not taken, is not a well-formed structured field string,
+//! or was sent more than once; `detail` says which. Nothing ran. Correct the key.
+//!
+//! ## idempotency-scope-missing
+//! **400.** The server could not tell whom the key belongs to. Nothing ran.
+//!
+//! ## request-body-too-large
+//! **413.** The body is over the limit for requests with a key. Nothing ran.
+//!
+//! ## request-body-incomplete
+//! **400.** The body broke off. Nothing ran. Send the request again.
+//!
+//! ## idempotency-key-reused
+//! **422.** The key was used for a different request: another method, path, query or body. This request did not run.
+//! Use a new key for a new operation.
+//!
+//! ## request-in-progress
+//! **409.** The first request with this key is still running. Send the request again after `Retry-After`.
+//!
+//! ## outcome-unknown
+//! **409.** The first request with this key ended without a known outcome, and will not be run again: it may have had
+//! its effect. Find out by other means; sending it again does not help.
+//!
+//! ## response-not-kept
+//! **409.** The operation is done. Its answer, of status `original_status`, was too large to keep or was a stream.
+//! Sending it again does not help.
+//!
+//! ## store-unavailable
+//! **503.** The server cannot reach its records, so it does not know whether the request is a duplicate. It did not run.
+//! Send the request again after `Retry-After`.
+//!
+//! ## store-full
+//! **503.** The server has no room for another key. The request did not run. Send it again after `Retry-After`.
+//!
+//! ## record-unreadable
+//! **500.** The record of the first request is damaged. This request did not run, and will not.
+//!
+//! ## record-from-newer-version
+//! **503.** The record of the first request was written by a newer version of the server. This request did not run.
+//! Send it again after `Retry-After`: it may reach a server that can read it.

@@ -1,0 +1,121 @@
+//! Where records are kept.
+
+mod any;
+mod memory;
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+pub(crate) use self::any::DynStore;
+pub use self::{
+    any::AnyStore,
+    memory::{MemoryStore, MemoryStoreBuilder},
+};
+use crate::{
+    codec::StoredResponse,
+    error::StoreError,
+    record::{Begin, Claim, Lease, RecordId, Retention},
+};
+
+/// Keeps the records of operations, one for each [`RecordId`].
+///
+/// # Contract
+///
+/// A record is *vacant*, *in progress* under a lease, or *completed*. *Abandoned* is not a stored state: it is a
+/// record in progress whose lease is over. *Expired* is vacant. `testing::check` (feature `testing`) turns each sentence below into a
+/// test.
+///
+/// 1. **Each method is one atomic step**, whoever else works on the same record, on this node or another. None of
+///    them can be built from a look-up that is followed by a write.
+/// 2. [`begin`](Self::begin) acquires a vacant record for the claim's owner, with fence 1, and leaves every other record
+///    as it is. It answers [`Begin::Acquired`] again, with the same fence and a fresh lease, to the owner that already
+///    holds the record: a claim whose answer was lost can be repeated.
+/// 3. `begin` with [`Claim::takeover`] acquires an abandoned record whose fence is the one named, and gives it the next
+///    fence, the claim's owner and the claim's fingerprint. In every other state it answers what it found.
+/// 4. [`complete`](Self::complete), [`renew`](Self::renew), [`release`](Self::release) and [`abandon`](Self::abandon)
+///    change a record only if it is in progress and its owner is the lease's owner. Otherwise they fail with
+///    [`Fenced`](crate::StoreErrorKind::Fenced) and change nothing. The owner alone decides: a lease that is over but was not taken
+///    over still belongs to its owner, and may be completed. Repeating a `complete` or an `abandon` whose
+///    answer was lost does no harm: it succeeds or is fenced.
+/// 5. The store's own clock counts leases and retentions. They end no earlier than asked. Durations that its clock
+///    cannot count are for ever.
+/// 6. A completed record is kept for its retention, counted from `complete`. A record in progress is kept for its lease
+///    and then for the claim's retention. Within that time nothing removes it: without room, `begin` fails with
+///    [`Full`](crate::StoreErrorKind::Full). `complete` may fail with `Full` too, but not for an answer that [is not
+///    kept](StoredResponse::not_kept).
+/// 7. A record that cannot be read is an error, never vacant.
+/// 8. A method returns `Ok` only when its change is as durable as the store promises.
+/// 9. An error of kind [`Unavailable`](crate::StoreErrorKind::Unavailable) leaves open whether the step was applied;
+///    any other kind means that it was not.
+///
+/// Stores keep fingerprints and give them back; they never compare them.
+///
+/// The futures may be dropped at any `await`; a dropped step was applied wholly or not at all.
+pub trait Store: Send + Sync + 'static {
+    /// Acquires the record, or says who else has it.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Full`, `Corrupt`, `NewerVersion` or `Other`.
+    fn begin(&self, id: &RecordId, claim: &Claim) -> impl Future<Output = Result<Begin, StoreError>> + Send;
+
+    /// Keeps the answer of the operation. The record is immutable from here on until it expires.
+    ///
+    /// # Errors
+    /// `Fenced`, `Full`, `Unavailable` or `Other`.
+    fn complete(
+        &self,
+        lease: &Lease,
+        response: &StoredResponse,
+        retention: Retention,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Lets the lease last for `length` from now.
+    ///
+    /// # Errors
+    /// `Fenced`, `Unavailable` or `Other`.
+    fn renew(&self, lease: &Lease, length: Duration) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Makes the record vacant: the operation did not execute.
+    ///
+    /// # Errors
+    /// `Fenced`, `Unavailable` or `Other`.
+    fn release(&self, lease: &Lease) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Ends the lease now and leaves the record: the operation's outcome is unknown.
+    ///
+    /// # Errors
+    /// `Fenced`, `Unavailable` or `Other`.
+    fn abandon(&self, lease: &Lease) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Resolves when the record may have changed, for those who wait for it.
+    ///
+    /// A listener is registered when the future is first polled; a caller reads the record again after that, so that no
+    /// change falls between. It is a hint: it may resolve for nothing, and after a [`release`](Self::release) it
+    /// need resolve for one listener only. A listener that is dropped leaves nothing behind.
+    fn changed(&self, id: &RecordId) -> impl Future<Output = ()> + Send;
+}
+
+impl<S: Store> Store for Arc<S> {
+    async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
+        S::begin(self, id, claim).await
+    }
+
+    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
+        S::complete(self, lease, response, retention).await
+    }
+
+    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+        S::renew(self, lease, length).await
+    }
+
+    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+        S::release(self, lease).await
+    }
+
+    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+        S::abandon(self, lease).await
+    }
+
+    async fn changed(&self, id: &RecordId) {
+        S::changed(self, id).await;
+    }
+}
