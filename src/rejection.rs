@@ -4,7 +4,7 @@ use std::{borrow::Cow, collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header, request::Parts};
-use serde_json::json;
+use serde_json::Value;
 
 use crate::random;
 
@@ -193,18 +193,21 @@ impl Rejection {
 
     /// The refusal as `application/problem+json` (RFC 9457).
     pub fn problem_document(&self) -> Bytes {
-        let mut problem = json!({
-            "type": self.type_uri,
-            "title": self.title,
-            "status": self.status.as_u16(),
-        });
+        let text = |text: &str| Value::from(text).to_string();
+        let mut problem = format!(
+            r#"{{"type":{},"title":{},"status":{}"#,
+            text(&self.type_uri),
+            text(&self.title),
+            self.status.as_u16()
+        );
         if let Some(detail) = &self.detail {
-            problem["detail"] = json!(detail);
+            problem += &format!(r#","detail":{}"#, text(detail));
         }
         if let Some(status) = self.original_status {
-            problem["original_status"] = json!(status.as_u16());
+            problem += &format!(r#","original_status":{}"#, status.as_u16());
         }
-        Bytes::from(problem.to_string())
+        problem.push('}');
+        Bytes::from(problem)
     }
 }
 

@@ -1,0 +1,198 @@
+//! The routes.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::{MatchedPath, State},
+    http::{HeaderMap, StatusCode, Uri, header},
+    response::{Html, IntoResponse, Response},
+    routing::{get, post},
+};
+use serde::Serialize;
+use serde_json::{Value, json, value::RawValue};
+use tower_idempotency::{Attempt, IdempotencyLayer, MemoryStore};
+
+use crate::{
+    faults::Faults,
+    ledger::{Effect, Ledger},
+    metrics,
+    providers::PROVIDERS,
+};
+
+#[derive(Clone)]
+pub struct App {
+    pub ledger: Arc<Ledger>,
+    pub store: MemoryStore,
+    pub idempotency: IdempotencyLayer,
+}
+
+/// Every route; `retention` overrides each provider's own.
+pub fn router(
+    ledger: Arc<Ledger>,
+    store: MemoryStore,
+    idempotency: &IdempotencyLayer,
+    retention: Option<Duration>,
+) -> Router {
+    let mut router = Router::new();
+    for provider in PROVIDERS {
+        let mut layer = (provider.protect)(idempotency.clone());
+        if let Some(retention) = retention {
+            layer = layer.retention(retention);
+        }
+        for route in provider.routes {
+            let operation = post(move |state, path, uri, attempt, headers, body| {
+                create(provider.prefix, state, path, uri, attempt, headers, body)
+            });
+            router = router.route(route, operation.layer(layer.clone()));
+        }
+    }
+    router
+        .route("/", get(async || Html(include_str!("page.html"))))
+        .route("/ledger", get(show_ledger))
+        .route("/metrics", get(metrics::metrics))
+        .with_state(App {
+            ledger,
+            store,
+            idempotency: idempotency.clone(),
+        })
+}
+
+/// Creates something that costs money: one effect in the ledger and a fresh id.
+async fn create(
+    prefix: &'static str,
+    State(app): State<App>,
+    path: MatchedPath,
+    uri: Uri,
+    attempt: Option<Attempt>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let faults = match Faults::from_headers(&headers) {
+        Ok(faults) => faults,
+        Err(name) => {
+            return problem(
+                StatusCode::BAD_REQUEST,
+                &format!("the header {name} says nothing usable"),
+            );
+        }
+    };
+    faults.strike().await;
+    if let Some(status) = faults.status {
+        let detail = format!("x-demo-status asked for {}", status.as_u16());
+        return answer(
+            status,
+            Answer {
+                detail: Some(detail),
+                ..Answer::default()
+            },
+            faults.response_bytes,
+        );
+    }
+    let request = match parse(&body) {
+        Ok(request) => request,
+        Err(detail) => return problem(StatusCode::BAD_REQUEST, &detail),
+    };
+    let Some(id) = fresh_id(prefix) else {
+        return problem(StatusCode::SERVICE_UNAVAILABLE, "there is no randomness for an id");
+    };
+    // A route with a wildcard is several operations: show which one it was.
+    let route = if path.as_str().contains('{') {
+        uri.path()
+    } else {
+        path.as_str()
+    };
+    let effect = Effect::now(id.clone(), route.to_owned(), request);
+    let at = effect.at.clone();
+    if let Err(error) = app.ledger.record(effect).await {
+        return problem(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            &format!("the ledger cannot be written: {error}"),
+        );
+    }
+    let created = Answer {
+        id: Some(id),
+        at: Some(at),
+        attempt: Some(attempt.map_or(1, |attempt| attempt.number())),
+        ..Answer::default()
+    };
+    answer(StatusCode::CREATED, created, faults.response_bytes)
+}
+
+#[derive(Default, Serialize)]
+struct Answer {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    at: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attempt: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    detail: Option<String>,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    padding: String,
+}
+
+/// An answer that is at least `bytes` long.
+fn answer(status: StatusCode, mut answer: Answer, bytes: usize) -> Response {
+    let length = serde_json::to_vec(&answer).map_or(0, |json| json.len());
+    if length < bytes {
+        answer.padding = "x".repeat(bytes - length);
+    }
+    (status, Json(answer)).into_response()
+}
+
+/// A JSON object; an amount in it has to be one that can be paid.
+fn parse(body: &[u8]) -> Result<Box<RawValue>, String> {
+    let request: Box<RawValue> =
+        serde_json::from_slice(body).map_err(|error| format!("the body is not JSON: {error}"))?;
+    let value: Value = serde_json::from_str(request.get()).map_err(|error| format!("the body is not JSON: {error}"))?;
+    let object = value.as_object().ok_or("the body is not a JSON object")?;
+    if let Some(amount) = object.get("amount") {
+        let number = match amount {
+            Value::Number(number) => number.as_f64(),
+            Value::String(text) => text.parse().ok(),
+            // An amount with its currency, such as MidasPay's; the order's handler would look into it.
+            Value::Object(_) => Some(1.0),
+            _ => None,
+        };
+        if !number.is_some_and(|number| number.is_finite() && number > 0.0) {
+            return Err("the amount is not a positive number".to_owned());
+        }
+    }
+    Ok(request)
+}
+
+fn fresh_id(prefix: &str) -> Option<String> {
+    let mut bytes = [0; 12];
+    getrandom::fill(&mut bytes).ok()?;
+    let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    Some(format!("{prefix}_{digits}"))
+}
+
+fn problem(status: StatusCode, detail: &str) -> Response {
+    let problem = json!({
+        "type": "about:blank",
+        "title": status.canonical_reason().unwrap_or("Error"),
+        "status": status.as_u16(),
+        "detail": detail,
+    });
+    (
+        status,
+        [(header::CONTENT_TYPE, "application/problem+json")],
+        problem.to_string(),
+    )
+        .into_response()
+}
+
+async fn show_ledger(State(app): State<App>) -> Response {
+    let effects = app.ledger.effects();
+    let effects: Vec<&Effect> = effects.iter().map(|effect| &**effect).collect();
+    Json(Shown { effects }).into_response()
+}
+
+#[derive(Serialize)]
+struct Shown<'a> {
+    effects: Vec<&'a Effect>,
+}

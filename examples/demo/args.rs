@@ -1,0 +1,69 @@
+//! The command line.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use lexopt::prelude::*;
+
+pub const HELP: &str = "\
+A payments API that is safe to retry.
+
+Usage: demo [OPTIONS]
+
+Options:
+  --listen ADDRESS      where to listen [default: 127.0.0.1:3000]; port 0 takes a free one
+  --store STORE         where records are kept: memory [default: memory]
+  --retention DURATION  how long answers are kept on every route, such as 10s, 5m or 72h
+                        [default: each route's own]
+  --ledger FILE         append each effect to FILE as a JSON line before it is answered
+  -h, --help            print this help
+
+Routes: POST /payments and those of four providers; GET / (a page to play with), /ledger, /metrics.
+
+Faults on demand, by request header:
+  x-demo-delay-ms: N        wait N milliseconds before the effect
+  x-demo-status: N          answer with status N and have no effect
+  x-demo-panic: 1           panic before the effect
+  x-demo-response-bytes: N  make the answer at least N bytes long
+";
+
+pub struct Args {
+    pub listen: SocketAddr,
+    pub store: Store,
+    pub retention: Option<Duration>,
+    pub ledger: Option<PathBuf>,
+}
+
+pub enum Store {
+    Memory,
+}
+
+impl Args {
+    /// `None` if help was asked for.
+    pub fn from_env() -> Result<Option<Self>, lexopt::Error> {
+        let mut args = Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 3000)),
+            store: Store::Memory,
+            retention: None,
+            ledger: None,
+        };
+        let mut parser = lexopt::Parser::from_env();
+        while let Some(option) = parser.next()? {
+            match option {
+                Long("listen") => args.listen = parser.value()?.parse()?,
+                Long("store") => args.store = parser.value()?.parse_with(store)?,
+                Long("retention") => args.retention = Some(parser.value()?.parse_with(humantime::parse_duration)?),
+                Long("ledger") => args.ledger = Some(parser.value()?.into()),
+                Short('h') | Long("help") => return Ok(None),
+                other => return Err(other.unexpected()),
+            }
+        }
+        Ok(Some(args))
+    }
+}
+
+fn store(name: &str) -> Result<Store, String> {
+    match name {
+        "memory" => Ok(Store::Memory),
+        other => Err(format!("there is no store {other:?}; this version has: memory")),
+    }
+}

@@ -1,0 +1,42 @@
+//! Faults on demand, by request header. They are never part of a fingerprint: headers are not.
+
+use std::{str::FromStr, time::Duration};
+
+use axum::http::{HeaderMap, StatusCode};
+
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Faults {
+    delay: Option<u64>,
+    pub status: Option<StatusCode>,
+    panic: bool,
+    pub response_bytes: usize,
+}
+
+impl Faults {
+    /// # Errors
+    /// The name of the header that says nothing usable.
+    pub fn from_headers(headers: &HeaderMap) -> Result<Self, &'static str> {
+        Ok(Self {
+            delay: parse(headers, "x-demo-delay-ms")?,
+            status: parse(headers, "x-demo-status")?,
+            panic: parse::<u8>(headers, "x-demo-panic")?.is_some_and(|value| value != 0),
+            response_bytes: parse(headers, "x-demo-response-bytes")?.unwrap_or(0),
+        })
+    }
+
+    /// What comes before the effect.
+    pub async fn strike(&self) {
+        if let Some(milliseconds) = self.delay {
+            tokio::time::sleep(Duration::from_millis(milliseconds)).await;
+        }
+        assert!(!self.panic, "x-demo-panic was sent");
+    }
+}
+
+fn parse<T: FromStr>(headers: &HeaderMap, name: &'static str) -> Result<Option<T>, &'static str> {
+    let Some(value) = headers.get(name) else {
+        return Ok(None);
+    };
+    let parsed = value.to_str().ok().and_then(|value| value.trim().parse().ok());
+    parsed.map(Some).ok_or(name)
+}

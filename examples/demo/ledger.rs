@@ -1,0 +1,77 @@
+//! What really happened: every effect, apart from the idempotency store.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Write},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::SystemTime,
+};
+
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+/// One effect, in the form in which it is shown and written.
+#[derive(Serialize)]
+pub struct Effect {
+    pub id: String,
+    pub route: String,
+    /// The request's JSON as it was sent: the order of members and the digits of numbers included.
+    pub request: Box<RawValue>,
+    pub at: String,
+}
+
+impl Effect {
+    pub fn now(id: String, route: String, request: Box<RawValue>) -> Self {
+        let at = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+        Self { id, route, request, at }
+    }
+}
+
+#[derive(Default)]
+pub struct Ledger {
+    effects: Mutex<Vec<Arc<Effect>>>,
+    file: Option<Mutex<File>>,
+}
+
+impl Ledger {
+    pub fn open(file: Option<&Path>) -> io::Result<Self> {
+        let file = file
+            .map(|path| OpenOptions::new().create(true).append(true).open(path))
+            .transpose()?;
+        Ok(Self {
+            effects: Mutex::default(),
+            file: file.map(Mutex::new),
+        })
+    }
+
+    /// Records an effect; when this returns it is in the file, if there is one.
+    pub async fn record(self: &Arc<Self>, effect: Effect) -> io::Result<()> {
+        let ledger = Arc::clone(self);
+        let append = move || {
+            if let Some(file) = &ledger.file {
+                // A line break in JSON as it was sent is only white space, and this is one line.
+                let line = serde_json::to_string(&effect)?.replace(['\n', '\r'], " ") + "\n";
+                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+                file.write_all(line.as_bytes())?;
+            }
+            let mut effects = ledger.effects.lock().unwrap_or_else(PoisonError::into_inner);
+            effects.push(Arc::new(effect));
+            Ok(())
+        };
+        if self.file.is_none() {
+            return append();
+        }
+        tokio::task::spawn_blocking(append).await?
+    }
+
+    /// Newest first.
+    pub fn effects(&self) -> Vec<Arc<Effect>> {
+        let effects = self.effects.lock().unwrap_or_else(PoisonError::into_inner);
+        effects.iter().rev().cloned().collect()
+    }
+
+    pub fn len(&self) -> usize {
+        self.effects.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+}

@@ -1,0 +1,99 @@
+//! A payments API that is safe to retry, with a page that shows what that means.
+//!
+//! `cargo run --release --example demo`, then open <http://127.0.0.1:3000>. `--help` lists the options.
+
+mod api;
+mod args;
+mod faults;
+mod ledger;
+mod metrics;
+mod providers;
+
+use std::{process::ExitCode, sync::Arc, time::Duration};
+
+use tokio::{net::TcpListener, signal};
+use tower_idempotency::{Drain, IdempotencyLayer, MemoryStore};
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
+
+use crate::{args::Args, ledger::Ledger};
+
+/// How long work that outlived its client may take at shutdown.
+const DRAIN: Duration = Duration::from_secs(10);
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            EnvFilter::builder()
+                .with_default_directive(LevelFilter::WARN.into())
+                .from_env_lossy(),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    let args = match Args::from_env() {
+        Ok(Some(args)) => args,
+        Ok(None) => {
+            print!("{}", args::HELP);
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("demo: {error}\nTry --help.");
+            return ExitCode::from(2);
+        }
+    };
+    match serve(args).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("demo: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(args: Args) -> Result<(), String> {
+    let ledger = Ledger::open(args.ledger.as_deref())
+        .map_err(|error| format!("cannot open the ledger {:?}: {error}", args.ledger.unwrap_or_default()))?;
+    let args::Store::Memory = args.store;
+    let store = MemoryStore::new();
+    let idempotency = IdempotencyLayer::new(store.clone());
+    let drain = idempotency.drain();
+    let app = api::router(Arc::new(ledger), store, &idempotency, args.retention);
+
+    let listener = TcpListener::bind(args.listen)
+        .await
+        .map_err(|error| format!("cannot listen on {}: {error}", args.listen))?;
+    let address = listener.local_addr().map_err(|error| error.to_string())?;
+    println!("listening on http://{address}");
+    axum::serve(listener, app)
+        .with_graceful_shutdown(stop_signal())
+        .await
+        .map_err(|error| error.to_string())?;
+    finish(&drain).await;
+    Ok(())
+}
+
+/// Handlers whose clients left are still running: their effects and answers must not be cut.
+async fn finish(drain: &Drain) {
+    if let Err(unfinished) = drain.within(DRAIN).await {
+        eprintln!("demo: {unfinished}");
+    }
+}
+
+async fn stop_signal() {
+    let interrupt = async {
+        let _ = signal::ctrl_c().await;
+    };
+    #[cfg(unix)]
+    let terminate = async {
+        match signal::unix::signal(signal::unix::SignalKind::terminate()) {
+            Ok(mut terminate) => drop(terminate.recv().await),
+            Err(_) => std::future::pending().await,
+        }
+    };
+    #[cfg(not(unix))]
+    let terminate = std::future::pending::<()>();
+    tokio::select! {
+        () = interrupt => {}
+        () = terminate => {}
+    }
+}

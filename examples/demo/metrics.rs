@@ -1,0 +1,78 @@
+//! `GET /metrics` in Prometheus' text format.
+
+use std::fmt::Write;
+
+use axum::{extract::State, http::header, response::IntoResponse};
+
+use crate::api::App;
+
+pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
+    let counted = app.idempotency.counters();
+    let mut text = String::new();
+    for (name, help, value) in [
+        ("executed", "Requests with a key whose handler ran.", counted.executed),
+        ("replayed", "Requests answered with a stored answer.", counted.replayed),
+        ("refused", "Requests with a key that were refused.", counted.refused),
+        ("waited", "Requests that waited for another one.", counted.waited),
+        (
+            "released",
+            "Operations that did not execute; their keys are free.",
+            counted.released,
+        ),
+        (
+            "abandoned",
+            "Operations that ended without a known outcome.",
+            counted.abandoned,
+        ),
+        ("taken_over", "Lost operations that were run again.", counted.taken_over),
+        (
+            "fenced",
+            "Operations that lost their lease while they ran.",
+            counted.fenced,
+        ),
+        (
+            "detached",
+            "Operations whose client left before their end.",
+            counted.detached,
+        ),
+        ("store_errors", "Calls to the store that failed.", counted.store_errors),
+        (
+            "unprotected",
+            "Requests that ran without protection.",
+            counted.unprotected,
+        ),
+    ] {
+        metric(&mut text, &format!("idempotency_{name}_total"), help, "counter", value);
+    }
+    metric(
+        &mut text,
+        "idempotency_records",
+        "Records held by the store.",
+        "gauge",
+        app.store.len(),
+    );
+    metric(
+        &mut text,
+        "idempotency_record_bytes",
+        "Bytes that the records take.",
+        "gauge",
+        app.store.bytes(),
+    );
+    let effects = app.ledger.len() as u64;
+    metric(
+        &mut text,
+        "demo_effects_total",
+        "Effects in the ledger.",
+        "counter",
+        effects,
+    );
+    (
+        [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
+        text,
+    )
+}
+
+fn metric(text: &mut String, name: &str, help: &str, kind: &str, value: u64) {
+    // Writing to a string does not fail.
+    let _ = write!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}\n");
+}
