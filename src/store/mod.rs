@@ -46,8 +46,9 @@ use crate::{
 /// 8. A method returns `Ok` only when its change is as durable as the store promises.
 /// 9. An error of kind [`Unavailable`](crate::StoreErrorKind::Unavailable) leaves open whether the step was applied;
 ///    any other kind means that it was not.
-///
-/// Stores keep fingerprints and give them back; they never compare them.
+/// 10. Fingerprints and answers come back byte for byte. A store never compares them.
+/// 11. [`changed`](Self::changed) wakes those who listen for a completion or an abandoned attempt, and at least one of
+///     those who listen for a release.
 ///
 /// The futures may be dropped at any `await`; a dropped step was applied wholly or not at all.
 pub trait Store: Send + Sync + 'static {

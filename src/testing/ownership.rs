@@ -1,0 +1,291 @@
+//! Who gets a record, and who may change it.
+
+use std::time::Duration;
+
+use super::{Bench, Report, Subject, ensure, response};
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    record::{Begin, Lease, Retention},
+    store::Store,
+};
+
+pub(super) async fn check(subject: &impl Subject, report: &mut Report) {
+    report.add(2, "a vacant record is acquired with fence 1", vacant(subject).await);
+    report.add(2, "a record in progress is left as it is", occupied(subject).await);
+    report.add(
+        2,
+        "an owner that claims again gets its own lease back",
+        repeated(subject).await,
+    );
+    report.add(2, "different records know nothing of each other", apart(subject).await);
+    report.add(
+        3,
+        "an abandoned record is acquired by naming its fence",
+        takeover(subject).await,
+    );
+    report.add(
+        3,
+        "a takeover that names another fence acquires nothing",
+        wrong_fence(subject).await,
+    );
+    report.add(
+        3,
+        "a takeover acquires nothing that is not abandoned",
+        not_abandoned(subject).await,
+    );
+    report.add(
+        4,
+        "only the owner changes a record in progress",
+        strangers(subject).await,
+    );
+    report.add(
+        4,
+        "an owner that was taken over changes nothing",
+        late_owner(subject).await,
+    );
+    report.add(
+        4,
+        "a lease that is over but not taken over may still be completed",
+        late_complete(subject).await,
+    );
+    report.add(
+        4,
+        "a lease that is over but not taken over may still be renewed",
+        late_renew(subject).await,
+    );
+    report.add(4, "a completed record never changes", immutable(subject).await);
+    report.add(
+        4,
+        "a released record is vacant, and its old owner is fenced from the next",
+        released(subject).await,
+    );
+    report.add(4, "an abandoned lease is over at once", abandoned(subject).await);
+}
+
+type Checked = Result<(), String>;
+
+fn failed(error: StoreError) -> String {
+    format!("it failed: {error}")
+}
+
+fn fenced(what: &str, result: Result<(), StoreError>) -> Checked {
+    match result {
+        Err(error) if error.kind() == StoreErrorKind::Fenced => Ok(()),
+        other => Err(format!("{what} was not fenced: {other:?}")),
+    }
+}
+
+/// Every change that a lease allows, by one that allows none.
+async fn all_fenced<S: Store>(bench: &Bench<S>, lease: &Lease) -> Checked {
+    let (store, tick) = (&bench.store, bench.tick);
+    fenced("renew", store.renew(lease, tick * 50).await)?;
+    fenced("release", store.release(lease).await)?;
+    fenced("abandon", store.abandon(lease).await)?;
+    let answer = response(b"of somebody else");
+    fenced("complete", store.complete(lease, &answer, Retention::Forever).await)
+}
+
+async fn vacant(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let claim = bench.claim(1)?;
+    let lease = bench.acquire(&claim).await?;
+    ensure(lease == Lease::new(bench.id, claim.owner, 1), || {
+        format!("the lease is {lease:?}")
+    })
+}
+
+async fn occupied(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let lease = bench.acquire(&bench.claim(1)?).await?;
+    let remaining = bench.expect_in_progress(1).await?;
+    ensure(!remaining.is_zero() && remaining <= bench.tick * 2, || {
+        format!("{remaining:?} of two ticks remain")
+    })?;
+    bench.expect_in_progress(1).await?;
+    let answer = response(b"first");
+    bench
+        .store
+        .complete(&lease, &answer, Retention::Forever)
+        .await
+        .map_err(failed)?;
+    bench.expect_completed(1, &answer).await
+}
+
+async fn repeated(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let claim = bench.claim(1)?;
+    let lease = bench.acquire(&claim).await?;
+    subject.pass(bench.tick).await;
+    let again = bench.acquire(&claim).await?;
+    ensure(lease == again, || format!("{lease:?} became {again:?}"))?;
+    // Two ticks and a half after the first claim, one and a half after the second.
+    subject.pass(bench.tick * 3 / 2).await;
+    bench.expect_in_progress(1).await?;
+    // And when it is over, it is still its own.
+    subject.pass(bench.tick).await;
+    let late = bench.acquire(&claim).await?;
+    ensure(lease == late, || format!("{lease:?} became {late:?}"))?;
+    bench.expect_in_progress(1).await.map(drop)
+}
+
+async fn apart(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let other = Bench {
+        store: bench.store.clone(),
+        id: super::fresh_id()?,
+        tick: bench.tick,
+    };
+    let lease = bench.acquire(&bench.claim(1)?).await?;
+    other.acquire(&other.claim(2)?).await?;
+    bench.store.release(&lease).await.map_err(failed)?;
+    other.expect_in_progress(2).await?;
+    bench.expect_vacant().await
+}
+
+/// A record that request 1 lost.
+async fn lost<S: Store>(subject: &impl Subject<Store = S>) -> Result<(Bench<S>, Lease), String> {
+    let bench = Bench::new(subject).await?;
+    let lease = bench.acquire(&bench.claim(1)?).await?;
+    subject.pass(bench.tick * 5 / 2).await;
+    Ok((bench, lease))
+}
+
+async fn takeover(subject: &impl Subject) -> Checked {
+    let (bench, first) = lost(subject).await?;
+    let fence = bench.expect_abandoned(1).await?;
+    ensure(fence == first.fence, || format!("the fence of {first:?} is {fence}"))?;
+    let claim = bench.claim(2)?.taking_over(fence);
+    let second = bench.acquire(&claim).await?;
+    ensure(second == Lease::new(bench.id, claim.owner, 2), || {
+        format!("the second lease is {second:?}")
+    })?;
+    bench.expect_in_progress(2).await?;
+    bench.store.abandon(&second).await.map_err(failed)?;
+    let third = bench.acquire(&bench.claim(3)?.taking_over(2)).await?;
+    ensure(third.fence == 3, || format!("the third lease is {third:?}"))
+}
+
+async fn wrong_fence(subject: &impl Subject) -> Checked {
+    let (bench, _) = lost(subject).await?;
+    for fence in [0, 2, u64::MAX] {
+        let begin = bench.begin(&bench.claim(2)?.taking_over(fence)).await?;
+        let found = matches!(begin, Begin::Abandoned { fence: 1, .. });
+        ensure(found, || format!("a takeover of fence {fence} found {begin:?}"))?;
+    }
+    bench.expect_abandoned(1).await.map(drop)
+}
+
+async fn not_abandoned(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let lease = bench.acquire(&bench.claim(1)?.taking_over(7)).await?;
+    ensure(lease.fence == 1, || {
+        format!("a vacant record was acquired as {lease:?}")
+    })?;
+    let begin = bench.begin(&bench.claim(2)?.taking_over(1)).await?;
+    ensure(matches!(begin, Begin::InProgress { .. }), || {
+        format!("in progress, it found {begin:?}")
+    })?;
+    let answer = response(b"done");
+    bench
+        .store
+        .complete(&lease, &answer, Retention::Forever)
+        .await
+        .map_err(failed)?;
+    let begin = bench.begin(&bench.claim(2)?.taking_over(1)).await?;
+    ensure(matches!(begin, Begin::Completed { .. }), || {
+        format!("completed, it found {begin:?}")
+    })
+}
+
+async fn strangers(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let lease = bench.acquire(&bench.claim(1)?).await?;
+    // The right record and the right fence, but another owner.
+    let stranger = Lease::new(bench.id, bench.claim(2)?.owner, lease.fence);
+    all_fenced(&bench, &stranger).await?;
+    bench.expect_in_progress(1).await?;
+    subject.pass(bench.tick * 5 / 2).await;
+    all_fenced(&bench, &stranger).await?;
+    bench.expect_abandoned(1).await.map(drop)
+}
+
+async fn late_owner(subject: &impl Subject) -> Checked {
+    let (bench, first) = lost(subject).await?;
+    let second = bench.acquire(&bench.claim(2)?.taking_over(1)).await?;
+    all_fenced(&bench, &first).await?;
+    bench.expect_in_progress(2).await?;
+    let answer = response(b"of the second");
+    bench
+        .store
+        .complete(&second, &answer, Retention::Forever)
+        .await
+        .map_err(failed)?;
+    all_fenced(&bench, &first).await?;
+    bench.expect_completed(2, &answer).await
+}
+
+async fn late_complete(subject: &impl Subject) -> Checked {
+    let (bench, lease) = lost(subject).await?;
+    bench.expect_abandoned(1).await?;
+    let answer = response(b"late");
+    bench
+        .store
+        .complete(&lease, &answer, Retention::Forever)
+        .await
+        .map_err(failed)?;
+    bench.expect_completed(1, &answer).await
+}
+
+async fn late_renew(subject: &impl Subject) -> Checked {
+    let (bench, lease) = lost(subject).await?;
+    bench.store.renew(&lease, bench.tick * 2).await.map_err(failed)?;
+    bench.expect_in_progress(1).await.map(drop)
+}
+
+async fn immutable(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let claim = bench.claim(1)?;
+    let lease = bench.acquire(&claim).await?;
+    let answer = response(b"first");
+    bench
+        .store
+        .complete(&lease, &answer, Retention::Forever)
+        .await
+        .map_err(failed)?;
+    // A repeated complete whose answer was lost may succeed, but then it changes nothing.
+    let second = bench
+        .store
+        .complete(&lease, &response(b"second"), Retention::For(Duration::ZERO))
+        .await;
+    if second.is_err() {
+        fenced("a second complete", second)?;
+    }
+    fenced("renew", bench.store.renew(&lease, bench.tick).await)?;
+    fenced("release", bench.store.release(&lease).await)?;
+    fenced("abandon", bench.store.abandon(&lease).await)?;
+    bench.expect_completed(1, &answer).await?;
+    let begin = bench.begin(&claim).await?;
+    ensure(matches!(begin, Begin::Completed { .. }), || {
+        format!("its own owner found {begin:?}")
+    })
+}
+
+async fn released(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let first = bench.acquire(&bench.claim(1)?).await?;
+    bench.store.release(&first).await.map_err(failed)?;
+    all_fenced(&bench, &first).await?;
+    // The next one has the same fence: only the owner tells them apart.
+    let second = bench.acquire(&bench.claim(2)?).await?;
+    ensure(second.fence == 1, || format!("the next lease is {second:?}"))?;
+    all_fenced(&bench, &first).await?;
+    bench.expect_in_progress(2).await.map(drop)
+}
+
+async fn abandoned(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let lease = bench.acquire(&bench.claim(1)?).await?;
+    bench.store.abandon(&lease).await.map_err(failed)?;
+    let fence = bench.expect_abandoned(1).await?;
+    ensure(fence == 1, || format!("its fence is {fence}"))
+}

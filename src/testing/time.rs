@@ -1,0 +1,171 @@
+//! Leases and retentions, by the store's clock.
+
+use std::time::Duration;
+
+use super::{Bench, Report, Subject, response};
+use crate::{
+    codec::StoredResponse,
+    error::StoreError,
+    record::{Claim, Retention},
+    store::Store,
+};
+
+pub(super) async fn check(subject: &impl Subject, report: &mut Report) {
+    report.add(
+        5,
+        "a lease lasts as long as asked, and then it is over",
+        lease(subject).await,
+    );
+    report.add(5, "a renewed lease lasts from its renewal", renewed(subject).await);
+    report.add(
+        5,
+        "durations that no clock can count are for ever",
+        endless(subject).await,
+    );
+    report.add(
+        6,
+        "a completed record is kept for its retention and then vacant",
+        retention(subject).await,
+    );
+    report.add(
+        6,
+        "a retention counts from the completion",
+        from_completion(subject).await,
+    );
+    report.add(
+        6,
+        "an abandoned record is kept for the claim's retention and then vacant",
+        abandoned(subject).await,
+    );
+    report.add(
+        6,
+        "a renewed and lost record is kept for the claim's retention",
+        renewed_and_lost(subject).await,
+    );
+    report.add(6, "what is kept for ever does not expire", forever(subject).await);
+    report.add(6, "an expired record is begun anew", anew(subject).await);
+}
+
+type Checked = Result<(), String>;
+
+fn failed(error: StoreError) -> String {
+    format!("it failed: {error}")
+}
+
+async fn lease(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    bench.acquire(&bench.claim(1)?).await?;
+    subject.pass(bench.tick * 3 / 2).await;
+    let remaining = bench.expect_in_progress(1).await?;
+    super::ensure(remaining <= bench.tick / 2, || {
+        format!("{remaining:?} remain of half a tick")
+    })?;
+    subject.pass(bench.tick).await;
+    bench.expect_abandoned(1).await.map(drop)
+}
+
+async fn renewed(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let lease = bench.acquire(&bench.claim(1)?).await?;
+    for _ in 0..3 {
+        subject.pass(bench.tick * 3 / 2).await;
+        bench.store.renew(&lease, bench.tick * 2).await.map_err(failed)?;
+    }
+    subject.pass(bench.tick * 3 / 2).await;
+    bench.expect_in_progress(1).await?;
+    subject.pass(bench.tick).await;
+    bench.expect_abandoned(1).await.map(drop)
+}
+
+async fn endless(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let claim = Claim {
+        lease: Duration::MAX,
+        retention: Retention::For(Duration::MAX),
+        ..bench.claim(1)?
+    };
+    let lease = bench.acquire(&claim).await?;
+    subject.pass(bench.tick).await;
+    bench.expect_in_progress(1).await?;
+    bench.store.renew(&lease, Duration::MAX).await.map_err(failed)?;
+    bench.expect_in_progress(1).await?;
+    let answer = response(b"kept");
+    let retention = Retention::For(Duration::MAX);
+    bench.store.complete(&lease, &answer, retention).await.map_err(failed)?;
+    subject.pass(bench.tick).await;
+    bench.expect_completed(1, &answer).await
+}
+
+/// Completes a record at once, for this long.
+async fn complete<T: Subject>(subject: &T, retention: Retention) -> Result<(Bench<T::Store>, StoredResponse), String> {
+    let bench = Bench::new(subject).await?;
+    let lease = bench.acquire(&bench.claim(1)?).await?;
+    let answer = response(b"kept");
+    bench.store.complete(&lease, &answer, retention).await.map_err(failed)?;
+    Ok((bench, answer))
+}
+
+async fn retention(subject: &impl Subject) -> Checked {
+    let (bench, answer) = complete(subject, Retention::For(subject.tick() * 3)).await?;
+    // Longer than its lease was: a completed record has none.
+    subject.pass(bench.tick * 5 / 2).await;
+    bench.expect_completed(1, &answer).await?;
+    subject.pass(bench.tick).await;
+    bench.expect_vacant().await
+}
+
+async fn from_completion(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let lease = bench.acquire(&bench.claim(1)?).await?;
+    subject.pass(bench.tick * 3 / 2).await;
+    let answer = response(b"kept");
+    let retention = Retention::For(bench.tick * 2);
+    bench.store.complete(&lease, &answer, retention).await.map_err(failed)?;
+    subject.pass(bench.tick * 3 / 2).await;
+    bench.expect_completed(1, &answer).await?;
+    subject.pass(bench.tick).await;
+    bench.expect_vacant().await
+}
+
+async fn abandoned(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let lease = bench.acquire(&bench.claim(1)?).await?;
+    bench.store.abandon(&lease).await.map_err(failed)?;
+    subject.pass(bench.tick * 7 / 2).await;
+    bench.expect_abandoned(1).await?;
+    // Two ticks later than it would be due if the lease still counted.
+    subject.pass(bench.tick * 3).await;
+    bench.expect_vacant().await
+}
+
+async fn renewed_and_lost(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let lease = bench.acquire(&bench.claim(1)?).await?;
+    bench.store.renew(&lease, bench.tick * 4).await.map_err(failed)?;
+    // The lease ends at 4, the record at 8.
+    subject.pass(bench.tick * 15 / 2).await;
+    bench.expect_abandoned(1).await?;
+    subject.pass(bench.tick).await;
+    bench.expect_vacant().await
+}
+
+async fn forever(subject: &impl Subject) -> Checked {
+    let (bench, answer) = complete(subject, Retention::Forever).await?;
+    subject.pass(bench.tick * 8).await;
+    bench.expect_completed(1, &answer).await
+}
+
+async fn anew(subject: &impl Subject) -> Checked {
+    let (bench, _) = complete(subject, Retention::For(subject.tick())).await?;
+    subject.pass(bench.tick * 3 / 2).await;
+    let lease = bench.acquire(&bench.claim(2)?).await?;
+    super::ensure(lease.fence == 1, || format!("the new lease is {lease:?}"))?;
+    bench.expect_in_progress(2).await?;
+    let answer = response(b"new");
+    bench
+        .store
+        .complete(&lease, &answer, Retention::Forever)
+        .await
+        .map_err(failed)?;
+    bench.expect_completed(2, &answer).await
+}
