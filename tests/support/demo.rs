@@ -24,7 +24,10 @@ pub fn program() -> PathBuf {
     }
     path.push("examples");
     path.push(format!("demo{}", std::env::consts::EXE_SUFFIX));
-    assert!(path.exists(), "{path:?} is missing: build it with `cargo build --example demo`");
+    assert!(
+        path.exists(),
+        "{path:?} is missing: build it with `cargo build --example demo`"
+    );
     path
 }
 

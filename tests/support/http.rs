@@ -33,10 +33,18 @@ impl Answer {
 
     /// The last part of a problem's type, and of nothing else.
     pub fn problem(&self) -> String {
-        assert_eq!(self.header("content-type"), Some("application/problem+json"), "{self:?}");
+        assert_eq!(
+            self.header("content-type"),
+            Some("application/problem+json"),
+            "{self:?}"
+        );
         let problem = self.json();
         assert_eq!(problem["status"], self.status.as_u16());
-        let (_, slug) = problem["type"].as_str().expect("a type").rsplit_once('#').expect("a slug");
+        let (_, slug) = problem["type"]
+            .as_str()
+            .expect("a type")
+            .rsplit_once('#')
+            .expect("a slug");
         slug.to_owned()
     }
 }
@@ -73,6 +81,9 @@ pub async fn read(response: Response<hyper::body::Incoming>) -> hyper::Result<An
 }
 
 pub async fn get(address: SocketAddr, path: &str) -> Answer {
-    let request = Request::get(path).header("host", "localhost").body(Full::default()).expect("a request");
+    let request = Request::get(path)
+        .header("host", "localhost")
+        .body(Full::default())
+        .expect("a request");
     send(address, request).await.expect("an answer")
 }

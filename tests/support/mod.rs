@@ -1,5 +1,8 @@
 //! What the tests of served applications share.
 #![allow(dead_code, reason = "each test uses its own part")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod app;
 pub mod demo;
+pub mod faulty;
 pub mod http;

@@ -1,0 +1,280 @@
+//! Duplicates that wait for the running one and get its answer.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::time::Duration;
+
+use axum::response::IntoResponse;
+use http::StatusCode;
+use support::{
+    app::{Control, answering, call, gated, keyed, pay, spawn},
+    faulty::{FaultyStore, Op},
+    http::Answer,
+};
+use tokio::{task::JoinHandle, time::Instant};
+use tower_idempotency::{Concurrent, Guarantee, IdempotencyLayer, MemoryStore, Store};
+
+const WAIT: Duration = Duration::from_secs(5);
+
+fn waiting(store: impl Store) -> IdempotencyLayer {
+    IdempotencyLayer::new(store).on_concurrent(Concurrent::Wait(WAIT))
+}
+
+/// Until this many requests have begun to wait.
+async fn waited(layer: &IdempotencyLayer, requests: u64) {
+    while layer.counters().waited < requests {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// One request whose handler waits, and some that wait for it.
+async fn first_and_waiters(
+    layer: &IdempotencyLayer,
+    control: &Control,
+    waiters: u64,
+) -> (axum::Router, JoinHandle<Answer>, Vec<JoinHandle<Answer>>) {
+    let app = pay(control, layer.clone());
+    let first = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    let others = (0..waiters).map(|_| spawn(&app, keyed("k", "a"))).collect();
+    waited(layer, waiters).await;
+    (app, first, others)
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_get_the_first_ones_answer_as_soon_as_it_is_there() {
+    let layer = waiting(MemoryStore::new());
+    let control = gated();
+    let (_, first, others) = first_and_waiters(&layer, &control, 10).await;
+    let start = Instant::now();
+    control.let_go();
+    assert!(!first.await.unwrap().is_replay());
+    for other in others {
+        let answer = other.await.unwrap();
+        assert_eq!((answer.status, answer.is_replay()), (StatusCode::CREATED, true));
+        assert_eq!(answer.body, "run 1 attempt 1: a");
+    }
+    assert_eq!(start.elapsed(), Duration::ZERO, "nobody waited for a timer");
+    assert_eq!(control.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wait_that_runs_out_is_a_conflict() {
+    let layer = waiting(MemoryStore::new());
+    let control = gated();
+    let (_, first, others) = first_and_waiters(&layer, &control, 1).await;
+    let start = Instant::now();
+    let answer = others.into_iter().next().unwrap().await.unwrap();
+    assert_eq!(
+        (answer.status, answer.problem()),
+        (StatusCode::CONFLICT, "request-in-progress".to_owned())
+    );
+    assert!(answer.header("retry-after").is_some());
+    // A timer counts whole milliseconds.
+    assert!(start.elapsed() >= WAIT && start.elapsed() < WAIT + Duration::from_millis(5));
+    control.let_go();
+    first.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_above_the_cap_is_refused_at_once() {
+    let layer = waiting(MemoryStore::new()).max_waiters(2);
+    let control = gated();
+    let (app, first, others) = first_and_waiters(&layer, &control, 2).await;
+    let start = Instant::now();
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "request-in-progress");
+    assert_eq!(start.elapsed(), Duration::ZERO);
+    control.let_go();
+    first.await.unwrap();
+    for other in others {
+        assert!(other.await.unwrap().is_replay());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_that_leaves_frees_its_place_at_once() {
+    let layer = waiting(MemoryStore::new()).max_waiters(1);
+    let control = gated();
+    let (app, first, others) = first_and_waiters(&layer, &control, 1).await;
+    for other in others {
+        other.abort();
+        assert!(other.await.unwrap_err().is_cancelled());
+    }
+    let next = spawn(&app, keyed("k", "a"));
+    waited(&layer, 2).await;
+    control.let_go();
+    first.await.unwrap();
+    assert!(next.await.unwrap().is_replay());
+    assert_eq!(layer.counters().detached, 0, "a waiter has nothing to finish");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_different_request_does_not_wait() {
+    let layer = waiting(MemoryStore::new());
+    let control = gated();
+    let (app, first, _) = first_and_waiters(&layer, &control, 0).await;
+    let start = Instant::now();
+    assert_eq!(call(&app, keyed("k", "b")).await.problem(), "idempotency-key-reused");
+    assert_eq!(start.elapsed(), Duration::ZERO);
+    control.let_go();
+    first.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn when_the_first_did_not_execute_one_waiter_runs_and_the_rest_get_its_answer() {
+    let layer = waiting(MemoryStore::new());
+    let control = gated();
+    let app = answering(&control, layer.clone(), |run, _, _| {
+        let status = if run == 1 {
+            StatusCode::SERVICE_UNAVAILABLE
+        } else {
+            StatusCode::OK
+        };
+        (status, format!("run {run}")).into_response()
+    });
+    let first = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    let others: Vec<_> = (0..20).map(|_| spawn(&app, keyed("k", "a"))).collect();
+    waited(&layer, 20).await;
+    let start = Instant::now();
+    control.let_go();
+    assert_eq!(first.await.unwrap().status, StatusCode::SERVICE_UNAVAILABLE);
+    control.entered().await;
+    control.let_go();
+    let mut replays = 0;
+    for other in others {
+        let answer = other.await.unwrap();
+        assert_eq!(answer.body, "run 2");
+        replays += usize::from(answer.is_replay());
+    }
+    assert_eq!((control.runs(), replays), (2, 19));
+    assert_eq!(start.elapsed(), Duration::ZERO, "nobody waited for a timer");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_wakes_one_waiter_and_not_the_herd() {
+    let store = FaultyStore::default();
+    let layer = waiting(store.clone());
+    let control = gated();
+    let app = answering(&control, layer.clone(), |_, _, _| {
+        StatusCode::SERVICE_UNAVAILABLE.into_response()
+    });
+    let first = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    let others: Vec<_> = (0..50).map(|_| spawn(&app, keyed("k", "a"))).collect();
+    waited(&layer, 50).await;
+    let before = store.calls(Op::Begin);
+    control.let_go();
+    first.await.unwrap();
+    control.entered().await;
+    assert_eq!(
+        store.calls(Op::Begin) - before,
+        1,
+        "one looked again, and claimed the record"
+    );
+    for _ in 0..50 {
+        control.let_go();
+    }
+    for other in others {
+        assert_eq!(other.await.unwrap().status, StatusCode::SERVICE_UNAVAILABLE);
+    }
+    assert_eq!(control.runs(), 51, "each in its turn");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_that_was_called_and_leaves_passes_the_call_on() {
+    let layer = waiting(MemoryStore::new());
+    let control = gated();
+    let app = answering(&control, layer.clone(), |run, _, _| {
+        let status = if run == 1 {
+            StatusCode::SERVICE_UNAVAILABLE
+        } else {
+            StatusCode::OK
+        };
+        (status, format!("run {run}")).into_response()
+    });
+    let first = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    let called = spawn(&app, keyed("k", "a"));
+    waited(&layer, 1).await;
+    let other = spawn(&app, keyed("k", "a"));
+    waited(&layer, 2).await;
+    let start = Instant::now();
+    control.let_go();
+    first.await.unwrap();
+    // It was woken by the release, and is gone before it runs again.
+    called.abort();
+    control.entered().await;
+    control.let_go();
+    assert_eq!(other.await.unwrap().body, "run 2");
+    assert_eq!(start.elapsed(), Duration::ZERO, "the call was not lost");
+}
+
+#[tokio::test(start_paused = true)]
+async fn when_the_first_is_lost_its_waiters_are_told_at_once() {
+    let layer = waiting(MemoryStore::new());
+    let control = gated();
+    let app = answering(&control, layer.clone(), |_, _, _| panic!("the handler panics"));
+    let first = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    let other = spawn(&app, keyed("k", "a"));
+    waited(&layer, 1).await;
+    let start = Instant::now();
+    control.let_go();
+    assert!(first.await.unwrap_err().is_panic());
+    assert_eq!(other.await.unwrap().problem(), "outcome-unknown");
+    assert_eq!(start.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test(start_paused = true)]
+async fn when_the_first_is_lost_and_may_run_again_one_waiter_takes_it_over() {
+    let layer = waiting(MemoryStore::new()).guarantee(Guarantee::AtLeastOnce);
+    let control = gated();
+    let app = answering(&control, layer.clone(), |run, attempt, _| {
+        assert!(run > 1, "the first handler panics");
+        format!("attempt {attempt}").into_response()
+    });
+    let first = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    let others: Vec<_> = (0..8).map(|_| spawn(&app, keyed("k", "a"))).collect();
+    waited(&layer, 8).await;
+    control.let_go();
+    assert!(first.await.unwrap_err().is_panic());
+    control.entered().await;
+    control.let_go();
+    for other in others {
+        assert_eq!(other.await.unwrap().body, "attempt 2");
+    }
+    assert_eq!(control.runs(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_finds_the_answer_although_every_hint_is_lost() {
+    let store = FaultyStore::default();
+    store.deafen();
+    let layer = waiting(store);
+    let control = gated();
+    let (_, first, others) = first_and_waiters(&layer, &control, 3).await;
+    control.let_go();
+    first.await.unwrap();
+    for other in others {
+        assert!(other.await.unwrap().is_replay());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn no_wake_up_is_lost_among_threads() {
+    // A wait that ends by its deadline is a lost wake-up: it is far longer than the looks of the safety net.
+    let layer = IdempotencyLayer::new(MemoryStore::new()).on_concurrent(Concurrent::Wait(Duration::from_secs(600)));
+    for round in 0..200 {
+        let control = gated();
+        let app = pay(&control, layer.clone());
+        let key = format!("key-{round}");
+        let clients: Vec<_> = (0..8).map(|_| spawn(&app, keyed(&key, "a"))).collect();
+        control.let_go();
+        for client in clients {
+            assert_eq!(client.await.unwrap().body, "run 1 attempt 1: a");
+        }
+    }
+}
