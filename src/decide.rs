@@ -47,3 +47,102 @@ pub(crate) fn decide(begin: Begin, comparison: Comparison, guarantee: Guarantee,
         },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use http::{HeaderMap, StatusCode};
+
+    use super::*;
+    use crate::{
+        fingerprint::Fingerprint,
+        record::{Owner, RecordId},
+    };
+
+    /// The states that a store can find, by name.
+    fn find(state: &str) -> Begin {
+        let fingerprint = Fingerprint::new(1, [0; 32]);
+        match state {
+            "acquired" => {
+                let owner = Owner::from_bytes([1; 16]);
+                Begin::Acquired(Lease::new(RecordId::from_bytes([0; 32]), owner, 1))
+            }
+            "in progress" => Begin::InProgress {
+                fingerprint,
+                remaining: Duration::from_secs(7),
+            },
+            "abandoned" => Begin::Abandoned { fingerprint, fence: 3 },
+            "kept" => {
+                let response = StoredResponse::encode(StatusCode::OK, &HeaderMap::new(), |_| true, b"", None);
+                Begin::Completed { fingerprint, response }
+            }
+            "not kept" => {
+                let response = StoredResponse::not_kept(StatusCode::ACCEPTED);
+                Begin::Completed { fingerprint, response }
+            }
+            other => unreachable!("{other}"),
+        }
+    }
+
+    fn name(decision: Decision) -> String {
+        match decision {
+            Decision::Run(_) => "run".to_owned(),
+            Decision::TakeOver(fence) => format!("take over {fence}"),
+            Decision::Replay(_) => "replay".to_owned(),
+            Decision::Wait(longest) => format!("wait {}", longest.as_secs()),
+            Decision::Refuse(rejection) => rejection.kind().slug().to_owned(),
+        }
+    }
+
+    #[test]
+    fn every_situation_has_one_decision() {
+        use Comparison::{Different, Same, Unknown};
+        use Guarantee::{AtLeastOnce, AtMostOnce};
+        let wait = Concurrent::Wait(Duration::from_secs(1));
+        let no = Concurrent::Refuse;
+        for (state, comparison, guarantee, concurrent, expected) in [
+            ("acquired", Same, AtMostOnce, no, "run"),
+            ("acquired", Same, AtLeastOnce, wait, "run"),
+            ("kept", Same, AtMostOnce, no, "replay"),
+            ("kept", Same, AtLeastOnce, wait, "replay"),
+            ("kept", Different, AtMostOnce, no, "idempotency-key-reused"),
+            ("kept", Unknown, AtMostOnce, no, "record-from-newer-version"),
+            ("not kept", Same, AtMostOnce, no, "response-not-kept"),
+            ("not kept", Same, AtLeastOnce, wait, "response-not-kept"),
+            ("not kept", Different, AtLeastOnce, no, "idempotency-key-reused"),
+            ("in progress", Same, AtMostOnce, no, "request-in-progress"),
+            ("in progress", Same, AtLeastOnce, no, "request-in-progress"),
+            ("in progress", Same, AtMostOnce, wait, "wait 7"),
+            ("in progress", Different, AtMostOnce, wait, "idempotency-key-reused"),
+            ("in progress", Unknown, AtLeastOnce, wait, "record-from-newer-version"),
+            ("abandoned", Same, AtMostOnce, no, "outcome-unknown"),
+            ("abandoned", Same, AtMostOnce, wait, "outcome-unknown"),
+            ("abandoned", Same, AtLeastOnce, no, "take over 3"),
+            ("abandoned", Same, AtLeastOnce, wait, "take over 3"),
+            ("abandoned", Different, AtLeastOnce, no, "idempotency-key-reused"),
+            ("abandoned", Different, AtMostOnce, no, "idempotency-key-reused"),
+            ("abandoned", Unknown, AtLeastOnce, no, "record-from-newer-version"),
+        ] {
+            let decision = name(decide(find(state), comparison, guarantee, concurrent));
+            assert_eq!(
+                decision, expected,
+                "{state}, {comparison:?}, {guarantee:?}, {concurrent:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_refusal_of_what_was_not_kept_names_the_first_status() {
+        let decision = decide(
+            find("not kept"),
+            Comparison::Same,
+            Guarantee::AtMostOnce,
+            Concurrent::Refuse,
+        );
+        let Decision::Refuse(rejection) = decision else {
+            unreachable!("it is refused")
+        };
+        assert_eq!(rejection.original_status(), Some(StatusCode::ACCEPTED));
+    }
+}

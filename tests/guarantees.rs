@@ -127,7 +127,10 @@ async fn the_lease_is_renewed_for_as_long_as_the_handler_runs() {
     }
     let renewals = store.calls(Op::Renew);
     // A timer counts whole milliseconds, so the last one may be still to come.
-    assert!((175..=180).contains(&renewals), "three times in each lease, not {renewals} times in sixty");
+    assert!(
+        (175..=180).contains(&renewals),
+        "three times in each lease, not {renewals} times in sixty"
+    );
     control.let_go();
     assert_eq!(first.await.unwrap().body, "run 1 attempt 1: a");
     assert_eq!(control.runs(), 1);

@@ -24,6 +24,8 @@ pub enum Op {
 
 #[derive(Clone, Copy, Debug)]
 pub enum Fault {
+    /// None, this time.
+    Pass,
     /// It is not applied, and says so.
     Error(StoreErrorKind),
     /// It is applied, and its answer is lost.
@@ -75,7 +77,7 @@ impl FaultyStore {
         let scripted = self.script.lock().unwrap().get_mut(&op).and_then(VecDeque::pop_front);
         let fault = scripted.or(*self.down.lock().unwrap());
         match fault {
-            None => apply.await,
+            None | Some(Fault::Pass) => apply.await,
             Some(Fault::Error(kind)) => Err(kind.into()),
             Some(Fault::AnswerLost) => {
                 let _ = apply.await;

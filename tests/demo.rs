@@ -1,0 +1,399 @@
+//! The demo server as a process, over real sockets, by its fixed interface.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    process::Command,
+};
+
+use http::StatusCode;
+use serde_json::{Value, json};
+use support::{
+    demo::{self, Demo},
+    http::{Answer, get, post, send},
+};
+
+async fn pay(demo: &Demo, headers: &[(&str, &str)], body: &str) -> Answer {
+    to(demo, "/payments", headers, body).await
+}
+
+async fn to(demo: &Demo, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+    send(demo.address(), post(path, headers, body.to_owned()))
+        .await
+        .expect("an answer")
+}
+
+async fn effects(demo: &Demo) -> Vec<Value> {
+    let ledger = get(demo.address(), "/ledger").await;
+    assert_eq!(ledger.header("content-type"), Some("application/json"));
+    ledger.json()["effects"].as_array().expect("a list").clone()
+}
+
+/// Asks again until the first request with this key has ended.
+async fn settled(demo: &Demo, headers: &[(&str, &str)], body: &str) -> Answer {
+    loop {
+        let answer = pay(demo, headers, body).await;
+        if answer.status != StatusCode::CONFLICT || answer.problem() != "request-in-progress" {
+            return answer;
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Until this many handlers have been started.
+async fn executed(demo: &Demo, handlers: u64) {
+    let line = format!("\nidempotency_executed_total {handlers}\n");
+    while !String::from_utf8_lossy(&get(demo.address(), "/metrics").await.body).contains(&line) {
+        tokio::task::yield_now().await;
+    }
+}
+
+const ROUTES: [(&str, &str); 11] = [
+    ("/payments", "idempotency-key"),
+    ("/v3/check/digital", "idempotency-key"),
+    ("/v3/payouts/pay", "pockyt-request-id"),
+    ("/v3/payouts/refund", "pockyt-request-id"),
+    ("/v1/payment/orders", "idempotency-key"),
+    ("/v1/payment/orders/authorization", "idempotency-key"),
+    ("/v1/payment/orders/refund", "idempotency-key"),
+    ("/v1/subscription/create", "idempotency-key"),
+    ("/v1/mor/session/create", "idempotency-key"),
+    ("/v1/card/bind", "idempotency-key"),
+    ("/checkout/v1/payment", "x-request-id"),
+];
+
+#[tokio::test]
+async fn every_route_creates_once_and_replays_what_it_answered() {
+    let demo = Demo::start(&[]);
+    for (route, header) in ROUTES {
+        let body = format!(r#"{{"reference_id":"{route}","amount":"5.00"}}"#);
+        let first = to(&demo, route, &[(header, "k")], &body).await;
+        assert_eq!(
+            (first.status, first.is_replay()),
+            (StatusCode::CREATED, false),
+            "{route}"
+        );
+        let replay = to(&demo, route, &[(header, "k")], &body).await;
+        assert_eq!(
+            (replay.status, replay.is_replay(), &replay.body),
+            (StatusCode::CREATED, true, &first.body)
+        );
+        let effects = effects(&demo).await;
+        assert_eq!(
+            (&effects[0]["route"], &effects[0]["id"]),
+            (&json!(route), &first.json()["id"])
+        );
+        assert_eq!(effects[0]["request"]["reference_id"], route);
+        assert!(effects[0]["at"].is_string());
+    }
+    assert_eq!(effects(&demo).await.len(), ROUTES.len());
+}
+
+#[tokio::test]
+async fn payments_require_a_key_and_belong_to_the_authorization() {
+    let demo = Demo::start(&[]);
+    let missing = pay(&demo, &[], "{}").await;
+    assert_eq!(
+        (missing.status, missing.problem()),
+        (StatusCode::BAD_REQUEST, "idempotency-key-missing".to_owned())
+    );
+    let alice = pay(&demo, &[("idempotency-key", "k"), ("authorization", "alice")], "{}").await;
+    let bob = pay(&demo, &[("idempotency-key", "k"), ("authorization", "bob")], "{}").await;
+    assert_ne!(alice.json()["id"], bob.json()["id"]);
+    let other = pay(
+        &demo,
+        &[("idempotency-key", "k"), ("authorization", "bob")],
+        "{\"amount\":1}",
+    )
+    .await;
+    assert_eq!(
+        (other.status.as_u16(), &*other.problem()),
+        (422, "idempotency-key-reused")
+    );
+    assert_eq!(effects(&demo).await.len(), 2);
+}
+
+#[tokio::test]
+async fn the_ledger_shows_requests_as_they_were_sent_newest_first() {
+    let demo = Demo::start(&[]);
+    for (key, body) in [
+        ("a", "{\"amount\": 500.00,\n \"a\":1}"),
+        ("b", "{\"z\":1e2, \"a\":12345678901234567890123}"),
+    ] {
+        assert_eq!(
+            pay(&demo, &[("idempotency-key", key)], body).await.status,
+            StatusCode::CREATED
+        );
+    }
+    let ledger = get(demo.address(), "/ledger").await;
+    let text = String::from_utf8(ledger.body.to_vec()).unwrap();
+    let newer = text
+        .find("{\"z\":1e2, \"a\":12345678901234567890123}")
+        .expect("as it was sent");
+    let older = text.find("{\"amount\": 500.00,\n \"a\":1}").expect("as it was sent");
+    assert!(newer < older);
+}
+
+#[tokio::test]
+async fn each_effect_is_in_the_ledger_file_before_it_is_answered_and_survives_a_kill() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("ledger.jsonl");
+    let path = file.to_str().unwrap();
+    let mut shown = Vec::new();
+    for start in 0..2 {
+        let demo = Demo::start(&["--ledger", path]);
+        for number in 0..10 {
+            let key = format!("{start}-{number}");
+            let answer = pay(&demo, &[("idempotency-key", &key)], "{\"a\":1,\n\"b\":2}").await;
+            assert_eq!(answer.status, StatusCode::CREATED);
+        }
+        let mut effects = effects(&demo).await;
+        effects.reverse();
+        shown.extend(effects);
+        demo.kill();
+        let lines = std::fs::read_to_string(&file).unwrap();
+        let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(lines, shown, "the same objects, one on each line");
+    }
+}
+
+#[tokio::test]
+async fn faults_come_on_demand_and_before_the_effect() {
+    let demo = Demo::start(&[]);
+    let with = |key, fault| vec![("idempotency-key", key), fault];
+    let kept = pay(&demo, &with("kept", ("x-demo-status", "500")), "{}").await;
+    assert_eq!(kept.status, StatusCode::INTERNAL_SERVER_ERROR);
+    assert!(
+        pay(&demo, &[("idempotency-key", "kept")], "{}").await.is_replay(),
+        "faults are not in the fingerprint"
+    );
+    let freed = pay(&demo, &with("freed", ("x-demo-status", "503")), "{}").await;
+    assert_eq!(freed.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(effects(&demo).await.len(), 0);
+    assert_eq!(
+        pay(&demo, &[("idempotency-key", "freed")], "{}").await.status,
+        StatusCode::CREATED
+    );
+    let panicked = post("/payments", &with("panicked", ("x-demo-panic", "1")), "{}");
+    assert!(send(demo.address(), panicked).await.is_err(), "the connection breaks");
+    assert_eq!(
+        pay(&demo, &[("idempotency-key", "panicked")], "{}").await.problem(),
+        "outcome-unknown"
+    );
+    let padded = pay(&demo, &with("padded", ("x-demo-response-bytes", "5000")), "{}").await;
+    assert!(padded.body.len() >= 5000);
+    assert_eq!(
+        pay(&demo, &[("idempotency-key", "padded")], "{}").await.body,
+        padded.body
+    );
+    let huge = pay(&demo, &with("huge", ("x-demo-response-bytes", "2000000")), "{}").await;
+    assert!(huge.body.len() >= 2_000_000);
+    let retry = pay(&demo, &[("idempotency-key", "huge")], "{}").await;
+    assert_eq!(
+        (retry.problem(), &retry.json()["original_status"]),
+        ("response-not-kept".to_owned(), &json!(201))
+    );
+    let nonsense = pay(&demo, &with("nonsense", ("x-demo-delay-ms", "soon")), "{}").await;
+    assert_eq!(nonsense.status, StatusCode::BAD_REQUEST);
+    assert_eq!(effects(&demo).await.len(), 3);
+}
+
+#[tokio::test]
+async fn a_pockyt_payout_that_was_lost_runs_again() {
+    let demo = Demo::start(&[]);
+    let panicking = [("pockyt-request-id", "k"), ("x-demo-panic", "1")];
+    assert!(
+        send(demo.address(), post("/v3/payouts/pay", &panicking, "{}"))
+            .await
+            .is_err()
+    );
+    let second = to(&demo, "/v3/payouts/pay", &[("pockyt-request-id", "k")], "{}").await;
+    assert_eq!(
+        (second.status, &second.json()["attempt"]),
+        (StatusCode::CREATED, &json!(2))
+    );
+}
+
+#[tokio::test]
+async fn bodies_that_cannot_be_paid_have_no_effect() {
+    let demo = Demo::start(&[]);
+    for body in [
+        "",
+        "nonsense",
+        "[]",
+        "1",
+        "{\"amount\":0}",
+        "{\"amount\":-5}",
+        "{\"amount\":\"much\"}",
+        "{\"amount\":null}",
+    ] {
+        let answer = pay(&demo, &[("idempotency-key", &number.to_string())], body).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{body:?}");
+        assert_eq!(answer.header("content-type"), Some("application/problem+json"));
+    }
+    let too_large = format!("{{\"a\":\"{}\"}}", "x".repeat(1 << 20));
+    assert_eq!(
+        pay(&demo, &[("idempotency-key", "k")], &too_large).await.problem(),
+        "request-body-too-large"
+    );
+    assert_eq!(effects(&demo).await.len(), 0);
+}
+
+#[tokio::test]
+async fn a_client_that_is_killed_in_mid_request_gets_the_answer_on_its_retry() {
+    let demo = Demo::start(&[]);
+    let mut client = TcpStream::connect(demo.address()).unwrap();
+    let request = "POST /payments HTTP/1.1\r\nhost: localhost\r\nidempotency-key: k\r\nx-demo-delay-ms: 200\r\n\
+                   content-length: 2\r\n\r\n{}";
+    client.write_all(request.as_bytes()).unwrap();
+    executed(&demo, 1).await;
+    drop(client);
+    let retry = settled(&demo, &[("idempotency-key", "k")], "{}").await;
+    assert_eq!((retry.status, retry.is_replay()), (StatusCode::CREATED, true));
+    assert_eq!(effects(&demo).await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_retention_overrides_every_routes_own() {
+    let demo = Demo::start(&["--retention", "1ms"]);
+    for (route, header) in [
+        ("/payments", "idempotency-key"),
+        ("/v3/payouts/refund", "pockyt-request-id"),
+    ] {
+        let first = to(&demo, route, &[(header, "k")], "{}").await;
+        loop {
+            let next = to(&demo, route, &[(header, "k")], "{}").await;
+            if !next.is_replay() {
+                assert_eq!(next.status, StatusCode::CREATED);
+                assert_ne!(next.body, first.body, "it expired: this is a new operation");
+                break;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_metrics_count_what_happened() {
+    let demo = Demo::start(&[]);
+    pay(&demo, &[("idempotency-key", "k")], "{}").await;
+    pay(&demo, &[("idempotency-key", "k")], "{}").await;
+    pay(&demo, &[("idempotency-key", "k")], "{\"a\":1}").await;
+    let metrics = get(demo.address(), "/metrics").await;
+    assert!(
+        metrics
+            .header("content-type")
+            .unwrap()
+            .starts_with("text/plain; version=0.0.4")
+    );
+    let text = String::from_utf8(metrics.body.to_vec()).unwrap();
+    for line in [
+        "# TYPE idempotency_executed_total counter",
+        "idempotency_executed_total 1",
+        "idempotency_replayed_total 1",
+        "idempotency_refused_total 1",
+        "idempotency_records 1",
+        "demo_effects_total 1",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line:?} is not in\n{text}");
+    }
+}
+
+#[tokio::test]
+async fn the_page_is_served_at_the_root() {
+    let demo = Demo::start(&[]);
+    let page = get(demo.address(), "/").await;
+    assert_eq!(page.status, StatusCode::OK);
+    assert!(page.header("content-type").unwrap().starts_with("text/html"));
+}
+
+#[tokio::test]
+async fn a_graceful_stop_finishes_what_outlived_its_client() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("ledger.jsonl");
+    let demo = Demo::start(&["--ledger", file.to_str().unwrap()]);
+    let mut client = TcpStream::connect(demo.address()).unwrap();
+    let request = "POST /payments HTTP/1.1\r\nhost: localhost\r\nidempotency-key: k\r\nx-demo-delay-ms: 500\r\n\
+                   content-length: 2\r\n\r\n{}";
+    client.write_all(request.as_bytes()).unwrap();
+    executed(&demo, 1).await;
+    drop(client);
+    assert!(demo.stop().success());
+    assert_eq!(std::fs::read_to_string(&file).unwrap().lines().count(), 1);
+}
+
+#[test]
+fn the_command_line_explains_itself_and_its_mistakes() {
+    let run = |options: &[&str]| Command::new(demo::program()).args(options).output().unwrap();
+    for help in ["-h", "--help"] {
+        let output = run(&[help]);
+        assert!(output.status.success());
+        let text = String::from_utf8(output.stdout).unwrap();
+        for option in [
+            "--listen",
+            "--store",
+            "--retention",
+            "--ledger",
+            "x-demo-delay-ms",
+            "x-demo-panic",
+        ] {
+            assert!(text.contains(option), "{option} is not explained");
+        }
+    }
+    for (options, code, complaint) in [
+        (&["--nonsense"][..], 2, "--nonsense"),
+        (&["--store", "nonsense:"], 2, "nonsense"),
+        (&["--retention", "soon"], 2, "soon"),
+        (&["--listen", "nowhere"], 2, "nowhere"),
+        (
+            &["--ledger", "/nonexistent/directory/ledger"],
+            1,
+            "/nonexistent/directory/ledger",
+        ),
+        (&["--listen", "192.0.2.1:1"], 1, "192.0.2.1:1"),
+    ] {
+        let output = run(options);
+        assert_eq!(output.status.code(), Some(code), "{options:?}");
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(error.contains(complaint), "{error:?} does not name {complaint:?}");
+    }
+}
+
+#[test]
+fn raw_requests_that_hyper_lets_through_are_refused() {
+    let demo = Demo::start(&[]);
+    let ask = |lines: &[u8]| {
+        let mut stream = TcpStream::connect(demo.address()).unwrap();
+        let mut request =
+            b"POST /payments HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 2\r\n".to_vec();
+        request.extend_from_slice(lines);
+        request.extend_from_slice(b"\r\n{}");
+        stream.write_all(&request).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        String::from_utf8_lossy(&answer).into_owned()
+    };
+    let long = [b"idempotency-key: ", &b"k".repeat(10_000)[..], b"\r\n"].concat();
+    for lines in [
+        &b"idempotency-key:\r\n"[..],
+        b"idempotency-key: \"\"\r\n",
+        b"idempotency-key: \xff\r\n",
+        "idempotency-key: schl\u{fc}ssel\r\n".as_bytes(),
+        b"idempotency-key: a\r\nidempotency-key: b\r\n",
+        b"idempotency-key: a\r\nIdempotency-Key: a\r\n",
+        b"idempotency-key: a, b\r\n",
+        b"idempotency-key: \"a\";x=1\r\n",
+        &long,
+    ] {
+        let answer = ask(lines);
+        assert!(
+            answer.starts_with("HTTP/1.1 400 "),
+            "{:?}: {answer}",
+            String::from_utf8_lossy(lines)
+        );
+        assert!(answer.contains("#idempotency-key-invalid"), "{answer}");
+    }
+    assert!(ask(b"idempotency-key: good\r\n").starts_with("HTTP/1.1 201 "));
+}

@@ -1,0 +1,236 @@
+//! The memory store's own promises, beside the contract: a budget, and no work that grows with the number of keys.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::time::Duration;
+
+use http::StatusCode;
+use support::app::{call, gated, keyed, open, pay, spawn};
+use tokio::time::advance;
+use tower_idempotency::{
+    Begin, Claim, Fingerprint, IdempotencyLayer, Lease, MemoryStore, Owner, RecordId, Retention, Store, StoreErrorKind,
+    StoredResponse,
+};
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+fn id(number: u64) -> RecordId {
+    let mut bytes = [0; 32];
+    // Spread as a hash would be.
+    bytes[..8].copy_from_slice(&number.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+    bytes[8..16].copy_from_slice(&number.to_le_bytes());
+    RecordId::from_bytes(bytes)
+}
+
+async fn begin(store: &MemoryStore, number: u64) -> Result<Begin, StoreErrorKind> {
+    let owner = Owner::random().unwrap();
+    let claim = Claim::new(
+        Fingerprint::new(1, [0; 32]),
+        owner,
+        Duration::from_secs(60),
+        Retention::For(HOUR),
+    );
+    store.begin(&id(number), &claim).await.map_err(|error| error.kind())
+}
+
+async fn acquire(store: &MemoryStore, number: u64) -> Lease {
+    match begin(store, number).await {
+        Ok(Begin::Acquired(lease)) => lease,
+        other => panic!("{number} was to be acquired, not {other:?}"),
+    }
+}
+
+async fn complete(store: &MemoryStore, number: u64, retention: Duration) {
+    let lease = acquire(store, number).await;
+    let answer = StoredResponse::not_kept(StatusCode::OK);
+    store
+        .complete(&lease, &answer, Retention::For(retention))
+        .await
+        .unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_store_refuses_new_keys_and_evicts_nothing() {
+    let store = MemoryStore::builder().max_records(2).build();
+    let control = gated();
+    let app = pay(&control, IdempotencyLayer::new(store.clone()));
+    let running = spawn(&app, keyed("running", "a"));
+    control.entered().await;
+    control.let_go();
+    running.await.unwrap();
+    let in_flight = spawn(&app, keyed("in flight".replace(' ', "-").as_str(), "a"));
+    control.entered().await;
+    let refused = call(&app, keyed("one-more", "a")).await;
+    assert_eq!(
+        (refused.status, refused.problem()),
+        (StatusCode::SERVICE_UNAVAILABLE, "store-full".to_owned())
+    );
+    assert!(refused.header("retry-after").is_some());
+    assert!(
+        call(&app, keyed("running", "a")).await.is_replay(),
+        "what is completed is still there"
+    );
+    assert_eq!(
+        call(&app, keyed("in-flight", "a")).await.problem(),
+        "request-in-progress"
+    );
+    control.let_go();
+    in_flight.await.unwrap();
+    assert_eq!(control.runs(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_store_has_room_again_once_something_expired_wherever_it_was() {
+    let store = MemoryStore::builder().max_records(100).build();
+    for number in 0..100 {
+        complete(&store, number, HOUR).await;
+    }
+    assert_eq!(begin(&store, 100).await.unwrap_err(), StoreErrorKind::Full);
+    advance(HOUR).await;
+    for number in 100..200 {
+        acquire(&store, number).await;
+    }
+    assert_eq!(begin(&store, 200).await.unwrap_err(), StoreErrorKind::Full);
+}
+
+#[tokio::test]
+async fn the_budget_in_bytes_counts_answers_and_what_records_take_beside_them() {
+    let store = MemoryStore::builder().max_bytes(10_000).build();
+    let app = pay(&open(), IdempotencyLayer::new(store.clone()));
+    let kilobyte: &'static str = Box::leak("x".repeat(1024).into_boxed_str());
+    let mut kept = 0;
+    let refused = loop {
+        let answer = call(&app, keyed(&format!("key-{kept}"), kilobyte)).await;
+        if answer.status != StatusCode::CREATED {
+            break answer;
+        }
+        kept += 1;
+    };
+    assert_eq!(refused.problem(), "store-full");
+    // The last answer found no room and was not kept, so a few records came after the answers' room was used up.
+    assert!((7..=16).contains(&kept), "{kept} records in 10,000 bytes");
+    assert!(store.bytes() <= 10_000, "{} bytes", store.bytes());
+}
+
+#[tokio::test]
+async fn an_answer_without_room_is_not_kept_and_its_operation_does_not_run_again() {
+    let store = MemoryStore::builder().max_bytes(1000).build();
+    let control = open();
+    let app = pay(&control, IdempotencyLayer::new(store));
+    let kilobyte: &'static str = Box::leak("x".repeat(1024).into_boxed_str());
+    assert_eq!(call(&app, keyed("k", kilobyte)).await.status, StatusCode::CREATED);
+    assert_eq!(call(&app, keyed("k", kilobyte)).await.problem(), "response-not-kept");
+    assert_eq!(control.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_expired_is_removed_by_what_comes_after_it() {
+    let store = MemoryStore::new();
+    for number in 0..1000 {
+        complete(&store, number, HOUR).await;
+    }
+    assert_eq!(store.len(), 1000);
+    advance(HOUR).await;
+    for number in 1000..2000 {
+        complete(&store, number, HOUR).await;
+    }
+    assert!(
+        store.len() <= 1100,
+        "{} records: the old thousand went as the new one came",
+        store.len()
+    );
+    let bytes_of_a_new_store = {
+        let other = MemoryStore::new();
+        for number in 0..store.len() {
+            complete(&other, number, HOUR).await;
+        }
+        other.bytes()
+    };
+    assert_eq!(store.bytes(), bytes_of_a_new_store, "and their bytes with them");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_steady_load_keeps_a_steady_size_over_days() {
+    let store = MemoryStore::new();
+    let mut largest_after_a_day = 0;
+    for minute in 0..(7 * 24 * 60u64) {
+        for number in 0..5 {
+            let number = minute * 5 + number;
+            match number % 5 {
+                // Completed, with retentions of their own.
+                0 | 1 => complete(&store, number, HOUR).await,
+                2 => complete(&store, number, 24 * HOUR).await,
+                // Not executed.
+                3 => {
+                    let lease = acquire(&store, number).await;
+                    store.release(&lease).await.unwrap();
+                }
+                // Lost without a word.
+                _ => drop(acquire(&store, number).await),
+            }
+        }
+        advance(Duration::from_secs(60)).await;
+        if minute >= 25 * 60 {
+            largest_after_a_day = largest_after_a_day.max(store.len());
+        }
+    }
+    // A day of one in each minute, an hour of two, an hour and a lease of one more.
+    let expected = 24 * 60 + 2 * 60 + 61;
+    assert!(
+        largest_after_a_day <= expected + 100,
+        "{largest_after_a_day} records instead of {expected}"
+    );
+    advance(48 * HOUR).await;
+    // Enough steps to reach every part of the store.
+    for number in 0..2000 {
+        let lease = acquire(&store, u64::MAX - number).await;
+        store.release(&lease).await.unwrap();
+    }
+    assert_eq!((store.len(), store.bytes()), (0, 0));
+}
+
+#[tokio::test]
+async fn clones_share_their_records() {
+    let store = MemoryStore::new();
+    let clone = store.clone();
+    acquire(&store, 1).await;
+    assert!(matches!(begin(&clone, 1).await, Ok(Begin::InProgress { .. })));
+    assert!(format!("{clone:?}").contains("records: 1"));
+}
+
+/// Many tasks on few records, with every transition: in the end the counts agree with what is there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn under_contention_every_record_is_accounted_for() {
+    let store = MemoryStore::new();
+    let tasks: Vec<_> = (0..8)
+        .map(|task| {
+            let store = store.clone();
+            tokio::spawn(async move {
+                for step in 0..5000u64 {
+                    let number = (step * 7 + task) % 64;
+                    let Ok(Begin::Acquired(lease)) = begin(&store, number).await else {
+                        continue;
+                    };
+                    if step % 64 == 63 {
+                        store.abandon(&lease).await.unwrap();
+                    } else {
+                        store.release(&lease).await.unwrap();
+                    }
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let mut left = 0;
+    for number in 0..64 {
+        match begin(&store, number).await.unwrap() {
+            Begin::Acquired(lease) => store.release(&lease).await.unwrap(),
+            Begin::Abandoned { .. } => left += 1,
+            other => panic!("{number} is {other:?}"),
+        }
+    }
+    assert_eq!(store.len(), left);
+}

@@ -1,0 +1,285 @@
+//! A store that fails: nothing runs twice, nothing is stuck, and everybody is told.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::time::Duration;
+
+use http::StatusCode;
+use support::{
+    app::{Control, call, gated, keyed, open, pay, spawn},
+    faulty::{Fault, FaultyStore, Op},
+};
+use tokio::time::{Instant, sleep};
+use tower_idempotency::{Guarantee, IdempotencyLayer, MemoryStore, StoreErrorKind};
+
+const DOWN: Fault = Fault::Error(StoreErrorKind::Unavailable);
+
+fn faulty() -> (FaultyStore, IdempotencyLayer, Control, axum::Router) {
+    let store = FaultyStore::default();
+    let layer = IdempotencyLayer::new(store.clone());
+    let control = open();
+    let app = pay(&control, layer.clone());
+    (store, layer, control, app)
+}
+
+// ---- at the claim
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_down_at_the_claim_refuses_the_request() {
+    let (store, layer, control, app) = faulty();
+    store.down(DOWN);
+    let answer = call(&app, keyed("k", "a")).await;
+    assert_eq!(
+        (answer.status, answer.problem()),
+        (StatusCode::SERVICE_UNAVAILABLE, "store-unavailable".to_owned())
+    );
+    assert!(answer.header("retry-after").is_some());
+    assert_eq!(control.runs(), 0);
+    store.up();
+    layer.drain().finished().await;
+    assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::CREATED);
+    assert!(layer.counters().store_errors >= 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_never_answers_is_given_up_at_its_deadline() {
+    let (store, _, control, app) = faulty();
+    store.down(Fault::BlackHole);
+    let start = Instant::now();
+    let answer = call(&app, keyed("k", "a")).await;
+    assert_eq!(answer.problem(), "store-unavailable");
+    assert_eq!(start.elapsed().as_secs(), 6, "two tries of three seconds");
+    assert_eq!(control.runs(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_stores_deadline_is_a_setting() {
+    let (store, layer, control, _) = faulty();
+    let app = pay(&control, layer.store_timeout(Duration::from_millis(100)));
+    store.down(Fault::BlackHole);
+    let start = Instant::now();
+    call(&app, keyed("k", "a")).await;
+    assert_eq!(start.elapsed().as_millis() / 10, 20, "two tries of a tenth of a second");
+}
+
+#[tokio::test]
+async fn a_claim_that_was_applied_but_whose_answer_was_lost_is_its_owners() {
+    let (store, _, control, app) = faulty();
+    store.fail(Op::Begin, [Fault::AnswerLost]);
+    let answer = call(&app, keyed("k", "a")).await;
+    assert_eq!((answer.status, answer.is_replay()), (StatusCode::CREATED, false));
+    assert_eq!((control.runs(), store.calls(Op::Begin)), (1, 2));
+    assert!(call(&app, keyed("k", "a")).await.is_replay());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_was_applied_but_never_confirmed_does_not_stay_behind() {
+    for lost in [Fault::AnswerLost, Fault::AppliedBlackHole] {
+        let (store, layer, control, app) = faulty();
+        store.fail(Op::Begin, [lost, lost]);
+        assert_eq!(call(&app, keyed("k", "a")).await.problem(), "store-unavailable");
+        assert_eq!(store.memory.len(), 1, "it was applied");
+        layer.drain().finished().await;
+        assert_eq!(store.memory.len(), 0, "and was taken back");
+        assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::CREATED);
+        assert_eq!(control.runs(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_takeover_that_was_never_confirmed_does_not_free_the_key() {
+    let store = FaultyStore::default();
+    let layer = IdempotencyLayer::new(store.clone()).guarantee(Guarantee::AtLeastOnce);
+    let control = open();
+    let app = support::app::answering(&control, layer.clone(), |run, attempt, _| {
+        assert!(run > 1, "the first run panics");
+        axum::response::IntoResponse::into_response(format!("attempt {attempt}"))
+    });
+    assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
+    // The look succeeds; the takeover is applied and nobody hears of it.
+    store.fail(Op::Begin, [Fault::Pass, Fault::AnswerLost, Fault::AnswerLost]);
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "store-unavailable");
+    layer.drain().finished().await;
+    assert_eq!(
+        call(&app, keyed("k", "b")).await.problem(),
+        "idempotency-key-reused",
+        "the record is still there"
+    );
+    assert_eq!(
+        call(&app, keyed("k", "a")).await.body,
+        "attempt 3",
+        "the second had begun, for all that is known"
+    );
+    assert_eq!(control.runs(), 2);
+}
+
+#[tokio::test]
+async fn only_what_may_pass_is_tried_again() {
+    for (kind, problem, status) in [
+        (StoreErrorKind::Full, "store-full", 503),
+        (StoreErrorKind::Corrupt, "record-unreadable", 500),
+        (StoreErrorKind::NewerVersion, "record-from-newer-version", 503),
+        (StoreErrorKind::Other, "store-unavailable", 503),
+    ] {
+        let (store, _, control, app) = faulty();
+        store.fail(Op::Begin, [Fault::Error(kind)]);
+        let answer = call(&app, keyed("k", "a")).await;
+        assert_eq!((answer.status.as_u16(), &*answer.problem()), (status, problem));
+        assert_eq!((control.runs(), store.calls(Op::Begin)), (0, 1), "{kind:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_may_run_without_the_store_if_the_layer_is_told_so_and_is_counted() {
+    let (store, layer, control, _) = faulty();
+    let layer = layer.dangerously_run_without_store();
+    let app = pay(&control, layer.clone());
+    store.down(DOWN);
+    for run in 1..=2 {
+        let answer = call(&app, keyed("k", "a")).await;
+        assert_eq!(answer.body, format!("run {run} attempt 0: a"));
+    }
+    assert_eq!(layer.counters().unprotected, 2);
+    store.up();
+    store.fail(Op::Begin, [Fault::Error(StoreErrorKind::Corrupt)]);
+    assert_eq!(
+        call(&app, keyed("k", "a")).await.problem(),
+        "record-unreadable",
+        "only where the store is away"
+    );
+}
+
+#[tokio::test]
+async fn a_store_that_panics_at_the_claim_leaves_the_panic_to_the_caller() {
+    let (store, _, control, app) = faulty();
+    store.fail(Op::Begin, [Fault::Panic]);
+    assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
+    assert_eq!(control.runs(), 0);
+    assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::CREATED);
+}
+
+// ---- at the end of an attempt
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_down_at_the_completion_costs_the_client_nothing_and_is_told_later() {
+    let (store, layer, control, app) = faulty();
+    store.fail(Op::Complete, [DOWN; 4]);
+    let first = call(&app, keyed("k", "a")).await;
+    assert_eq!((first.status, first.is_replay()), (StatusCode::CREATED, false));
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "request-in-progress");
+    layer.drain().finished().await;
+    let retry = call(&app, keyed("k", "a")).await;
+    assert_eq!((retry.is_replay(), &retry.body), (true, &first.body));
+    assert_eq!(control.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_completion_whose_answer_was_lost_is_not_undone() {
+    let (store, layer, control, app) = faulty();
+    store.fail(Op::Complete, [Fault::AnswerLost]);
+    let first = call(&app, keyed("k", "a")).await;
+    layer.drain().finished().await;
+    assert_eq!(call(&app, keyed("k", "a")).await.body, first.body);
+    assert_eq!(control.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_stays_down_after_the_effect_leaves_the_outcome_unknown() {
+    let (store, layer, control, app) = faulty();
+    store.fail(Op::Complete, [DOWN; 1000]);
+    assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::CREATED);
+    layer.drain().finished().await;
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "outcome-unknown");
+    assert_eq!(control.runs(), 1);
+    let tries = store.calls(Op::Complete);
+    assert!(
+        (10..=100).contains(&tries),
+        "{tries} tries in one lease: neither a flood nor a handful"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_and_an_abandonment_are_told_later_too() {
+    let store = FaultyStore::default();
+    let layer = IdempotencyLayer::new(store.clone());
+    let app = support::app::answering(&open(), layer.clone(), |_, _, body| match &body[..] {
+        b"panic" => panic!("the handler panics"),
+        _ => axum::response::IntoResponse::into_response(StatusCode::SERVICE_UNAVAILABLE),
+    });
+    store.fail(Op::Release, [DOWN; 2]);
+    assert_eq!(
+        call(&app, keyed("released", "a")).await.status,
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+    store.fail(Op::Abandon, [DOWN; 2]);
+    assert!(spawn(&app, keyed("abandoned", "panic")).await.unwrap_err().is_panic());
+    layer.drain().finished().await;
+    assert_eq!((store.calls(Op::Release), store.calls(Op::Abandon)), (3, 3));
+    assert_eq!(store.memory.len(), 1, "the abandoned one");
+    assert_eq!(
+        call(&app, keyed("abandoned", "panic")).await.problem(),
+        "outcome-unknown"
+    );
+}
+
+#[tokio::test]
+async fn a_store_without_room_for_the_answer_keeps_the_fact_that_there_was_one() {
+    let (store, _, control, app) = faulty();
+    store.fail(Op::Complete, [Fault::Error(StoreErrorKind::Full)]);
+    let first = call(&app, keyed("k", "a")).await;
+    assert_eq!(first.status, StatusCode::CREATED);
+    let retry = call(&app, keyed("k", "a")).await;
+    assert_eq!(retry.problem(), "response-not-kept");
+    assert_eq!(retry.json()["original_status"], 201);
+    assert_eq!(control.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_panics_at_the_completion_leaves_no_key_without_an_end() {
+    let (store, layer, control, app) = faulty();
+    store.fail(Op::Complete, [Fault::Panic]);
+    assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
+    layer.drain().finished().await;
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "outcome-unknown");
+    assert_eq!(control.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn outcomes_that_wait_for_the_store_are_bounded() {
+    let (store, layer, _, app) = faulty();
+    store.down(DOWN);
+    for key in 0..2000 {
+        call(&app, keyed(&format!("key-{key}"), "a")).await;
+    }
+    assert_eq!(layer.drain().running(), 1024);
+    store.up();
+    layer.drain().finished().await;
+}
+
+// ---- records that cannot be used
+
+#[tokio::test]
+async fn a_record_of_an_unknown_fingerprint_is_neither_replayed_nor_run_again() {
+    use tower_idempotency::Fingerprinter;
+    let store = MemoryStore::new();
+    let control = open();
+    let custom = Fingerprinter::custom(200, |_, _| [1; 32]);
+    let newer = pay(&control, IdempotencyLayer::new(store.clone()).fingerprint(custom));
+    call(&newer, keyed("k", "a")).await;
+    let older = pay(&control, IdempotencyLayer::new(store.clone()));
+    let answer = call(&older, keyed("k", "a")).await;
+    assert_eq!(
+        (answer.status.as_u16(), &*answer.problem()),
+        (503, "record-from-newer-version")
+    );
+    assert_eq!(control.runs(), 1);
+    // The other way round the record is compared by the algorithm that it was made with.
+    call(&older, keyed("old", "a")).await;
+    assert!(call(&newer, keyed("old", "a")).await.is_replay());
+    assert_eq!(
+        call(&newer, keyed("old", "b")).await.problem(),
+        "idempotency-key-reused"
+    );
+}
