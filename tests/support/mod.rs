@@ -1,5 +1,6 @@
 //! What the tests of served applications share.
 #![allow(dead_code, reason = "each test uses its own part")]
 
+pub mod browser;
 pub mod demo;
 pub mod http;
