@@ -79,10 +79,12 @@ where
     length
 }
 
+type Round = dyn FnMut(&tokio::runtime::Runtime, &Bytes) -> f64;
+
 struct Contestant {
     name: &'static str,
     /// One round: how long its operations took, in nanoseconds each.
-    round: Box<dyn FnMut(&tokio::runtime::Runtime, &Bytes) -> f64>,
+    round: Box<Round>,
     target: Option<f64>,
 }
 

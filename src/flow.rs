@@ -26,9 +26,10 @@ use crate::{
     fingerprint::Comparison,
     guard::{Guard, Outcome, settle_later},
     key::IdempotencyKey,
-    policy::named_by_connection,
+    policy::{Policy, named_by_connection},
     record::{Begin, Claim, Lease, Owner, RecordId},
     rejection::{Rejection, RejectionKind},
+    scope::NoScope,
     shared::Shared,
     wait::{Next, Wait},
 };
@@ -54,37 +55,43 @@ pub(crate) enum Step<S, R: Body, E> {
 
 impl<S> Exchange<S> {
     /// Scope and fingerprint, and a claim under a name that no other attempt has.
-    pub(crate) fn new(
+    pub(crate) fn new<R: Body>(
         shared: Arc<Shared>,
         service: S,
         parts: request::Parts,
         body: BufferedBody,
         key: IdempotencyKey,
-    ) -> Result<Self, (Rejection, request::Parts)> {
-        let policy = &shared.policy;
-        let Ok(id) = policy.scope.record_id(&parts, &key) else {
-            return Err((Rejection::new(RejectionKind::ScopeMissing), parts));
-        };
-        let fingerprint = policy.fingerprinter.fingerprint(&parts, body.data());
-        let owner = match Owner::random() {
-            Ok(owner) => owner,
-            Err(error) => {
-                tracing::error!(%error, "there is no randomness for an owner token");
-                return Err((Rejection::new(RejectionKind::StoreUnavailable), parts));
-            }
-        };
-        let claim = Claim::new(fingerprint, owner, policy.lease, policy.retention);
-        Ok(Self {
-            shared,
-            service,
-            parts,
-            body,
-            key,
-            id,
-            claim,
-            wait: None,
-        })
+    ) -> Result<Self, Box<Response<ResponseBody<R>>>> {
+        match identify(&shared.policy, &parts, &body, &key) {
+            Ok((id, claim)) => Ok(Self {
+                shared,
+                service,
+                parts,
+                body,
+                key,
+                id,
+                claim,
+                wait: None,
+            }),
+            Err(rejection) => Err(Box::new(shared.refuse(rejection, &parts))),
+        }
     }
+}
+
+fn identify(
+    policy: &Policy,
+    parts: &request::Parts,
+    body: &BufferedBody,
+    key: &IdempotencyKey,
+) -> Result<(RecordId, Claim), Rejection> {
+    let id = policy.scope.record_id(parts, key);
+    let id = id.map_err(|NoScope| Rejection::new(RejectionKind::ScopeMissing))?;
+    let fingerprint = policy.fingerprinter.fingerprint(parts, body.data());
+    let owner = Owner::random().map_err(|error| {
+        tracing::error!(%error, "there is no randomness for an owner token");
+        Rejection::new(RejectionKind::StoreUnavailable)
+    })?;
+    Ok((id, Claim::new(fingerprint, owner, policy.lease, policy.retention)))
 }
 
 /// From the first look at the store to the answer. Once it is polled it must run to its end.

@@ -17,7 +17,7 @@ use tower_service::Service;
 use tracing::{Instrument, Span};
 
 use crate::{
-    body::{BufferedBody, Collected, End, RequestBody, ResponseBody},
+    body::{Collected, End, RequestBody, ResponseBody},
     flow::{self, Exchange, Step},
     key::IdempotencyKey,
     rejection::{Rejection, RejectionKind},
@@ -139,7 +139,7 @@ where
                             run: Detachable::new(Arc::clone(&exchange.shared), flow::run(exchange)),
                         },
                         Err(response) => State::Answered {
-                            response: Some(response),
+                            response: Some(*response),
                         },
                     }
                 }
@@ -166,7 +166,11 @@ impl<S> Reading<S> {
         self.shared.policy.max_request_body
     }
 
-    fn finish<R: Body, E>(self, collected: Collected, end: End<E>) -> Result<Exchange<S>, Response<ResponseBody<R>>>
+    fn finish<R: Body, E>(
+        self,
+        collected: Collected,
+        end: End<E>,
+    ) -> Result<Exchange<S>, Box<Response<ResponseBody<R>>>>
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
@@ -176,13 +180,12 @@ impl<S> Reading<S> {
             parts,
             key,
         } = self;
-        let body: BufferedBody = match end {
-            End::Whole => collected.into_body(),
-            End::OverLimit => return Err(shared.refuse(too_large(shared.policy.max_request_body), &parts)),
-            End::Broken(error) => return Err(shared.refuse(broken(error.into()), &parts)),
+        let rejection = match end {
+            End::Whole => return Exchange::new(shared, service, parts, collected.into_body(), key),
+            End::OverLimit => too_large(shared.policy.max_request_body),
+            End::Broken(error) => broken(error.into()),
         };
-        let asked = Arc::clone(&shared);
-        Exchange::new(shared, service, parts, body, key).map_err(|(rejection, parts)| asked.refuse(rejection, &parts))
+        Err(Box::new(shared.refuse(rejection, &parts)))
     }
 }
 

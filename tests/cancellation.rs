@@ -24,6 +24,11 @@ use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_idempotency::{Concurrent, Guarantee, IdempotencyLayer, MemoryStore};
 use tracing::Instrument;
 
+async fn assert_pending<F: Future>(future: &mut Pin<Box<F>>) {
+    let poll = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await;
+    assert!(poll.is_pending(), "it was answered before the client could leave");
+}
+
 /// Polls a request once, and leaves.
 async fn poll_once_and_leave(app: &axum::Router, request: Request<Body>) {
     let mut future = Box::pin(app.clone().oneshot(request));
@@ -141,7 +146,7 @@ async fn the_span_of_a_request_goes_with_its_work() {
     let span = tracing::info_span!("request");
     let id = span.id().expect("the subscriber gives spans an id");
     let mut future = Box::pin(service.oneshot(keyed("k", "a")).instrument(span));
-    poll_fn(|cx| Poll::Ready(assert!(future.as_mut().poll(cx).is_pending()))).await;
+    assert_pending(&mut future).await;
     drop(future);
     control.let_go();
     layer.drain().finished().await;
@@ -233,7 +238,7 @@ async fn a_future_that_is_dropped_outside_the_runtime_still_runs_to_its_end() {
     let control = gated();
     let app = pay(&control, layer.clone());
     let mut future = Box::pin(app.clone().oneshot(keyed("k", "a")));
-    poll_fn(|cx| Poll::Ready(assert!(future.as_mut().poll(cx).is_pending()))).await;
+    assert_pending(&mut future).await;
     std::thread::spawn(move || drop(future)).join().unwrap();
     control.let_go();
     layer.drain().finished().await;
@@ -266,12 +271,12 @@ async fn a_waiter_whose_claim_succeeds_as_its_client_leaves_runs_to_its_end() {
     let first = spawn(&app, keyed("k", "a"));
     control.entered().await;
     let mut waiter: Pin<Box<_>> = Box::pin(app.clone().oneshot(keyed("k", "a")));
-    poll_fn(|cx| Poll::Ready(assert!(waiter.as_mut().poll(cx).is_pending()))).await;
+    assert_pending(&mut waiter).await;
     // Its next claim is applied, and the client leaves before it hears of it.
     store.fail(Op::Begin, [Fault::AppliedBlackHole]);
     control.let_go();
     first.await.unwrap();
-    poll_fn(|cx| Poll::Ready(assert!(waiter.as_mut().poll(cx).is_pending()))).await;
+    assert_pending(&mut waiter).await;
     drop(waiter);
     control.let_go();
     layer.drain().finished().await;

@@ -22,7 +22,10 @@ fn transcript() -> Vec<Shown> {
         let (block, _) = block.split_once("```").expect("a block ends");
         for line in block.lines() {
             match line.strip_prefix("$ ") {
-                Some(command) => shown.push(Shown { command: command.to_owned(), output: String::new() }),
+                Some(command) => shown.push(Shown {
+                    command: command.to_owned(),
+                    output: String::new(),
+                }),
                 None => {
                     let last = shown.last_mut().expect("a command comes before its output");
                     last.output += &format!("{line}\n");
@@ -48,7 +51,9 @@ fn masked(text: &str) -> String {
 
 fn mask_values(line: &str) -> String {
     let mut parts = line.split('"').map(|part| {
-        let is_id = part.strip_prefix("pay_").is_some_and(|rest| rest.chars().all(|c| c.is_ascii_hexdigit()));
+        let is_id = part
+            .strip_prefix("pay_")
+            .is_some_and(|rest| rest.chars().all(|c| c.is_ascii_hexdigit()));
         let is_time = part.len() == 24 && part.ends_with('Z') && part.as_bytes()[10] == b'T';
         if is_id || is_time { "..." } else { part }
     });
@@ -75,7 +80,11 @@ fn the_commands_of_the_readme_print_what_it_shows() {
         let ran = Command::new("sh").args(["-c", &here]).output().expect("sh is there");
         let printed = String::from_utf8(ran.stdout).expect("it prints text");
         let complaint = String::from_utf8_lossy(&ran.stderr).into_owned();
-        assert_eq!(masked(printed.trim_end()), masked(output.trim_end()), "of {command}\n{complaint}");
+        assert_eq!(
+            masked(printed.trim_end()),
+            masked(output.trim_end()),
+            "of {command}\n{complaint}"
+        );
     }
     for mut child in background {
         assert!(child.wait().expect("it was started").success());
@@ -84,13 +93,18 @@ fn the_commands_of_the_readme_print_what_it_shows() {
 
 /// Until one more handler has been started than have ended.
 fn wait_for_execution(demo: &Demo) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     runtime.block_on(async {
         loop {
             let metrics = support::http::get(demo.address(), "/metrics").await;
             let metrics = String::from_utf8(metrics.body.to_vec()).unwrap();
             let value = |name: &str| -> u64 {
-                let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+                let line = metrics
+                    .lines()
+                    .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
                 line.expect("the metric is there").parse().expect("a number")
             };
             if value("idempotency_executed_total") > value("demo_effects_total") {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use http::StatusCode;
 use support::{
-    app::{Control, call, gated, keyed, open, pay, spawn},
+    app::{Control, call, keyed, open, pay, spawn},
     faulty::{Fault, FaultyStore, Op},
 };
 use tokio::time::{Instant, sleep};

@@ -81,7 +81,7 @@ impl Shard {
                 let fence = 1;
                 let record = vacant.insert(Box::new(Record::in_progress(claim, fence, now)));
                 record.ticket = self.expiry.set(*id, now, nanos(claim.lease));
-                return Ok(Begin::Acquired(Lease::new(*id, claim.owner, fence)));
+                Ok(Begin::Acquired(Lease::new(*id, claim.owner, fence)))
             }
             Entry::Occupied(mut occupied) => {
                 let record = occupied.get_mut();
