@@ -266,6 +266,14 @@ fn main() {
         }),
         replay_over_many("replay over 100 k keys", large.clone()),
     ];
+    // For a profiler: one contestant alone, named on the command line.
+    if let Some(name) = std::env::args().skip(1).find(|argument| !argument.starts_with('-')) {
+        let contestant = contestants.iter_mut().find(|contestant| contestant.name == name);
+        let contestant = contestant.unwrap_or_else(|| panic!("there is no contestant {name:?}"));
+        let times = (0..ROUNDS * 5).map(|_| (contestant.round)(&runtime, &body)).collect();
+        println!("{name}: {:.0} ns", median(times));
+        return;
+    }
     let mut rounds: Vec<Vec<f64>> = vec![Vec::new(); contestants.len()];
     for round in 0..=ROUNDS {
         for (contestant, times) in contestants.iter_mut().zip(&mut rounds) {
