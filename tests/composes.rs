@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::{convert::Infallible, pin::pin, time::Duration};
+use std::{convert::Infallible, future::IntoFuture, pin::pin, time::Duration};
 
 use axum::{
     Router,
@@ -14,15 +14,21 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::poll;
-use http::{HeaderMap, Request, Response, StatusCode};
+use http::{HeaderMap, Request, Response, StatusCode, Version};
 use http_body_util::{BodyExt, Full};
+use tokio::sync::oneshot;
 use tower::{ServiceBuilder, ServiceExt, service_fn, util::BoxCloneService};
 use tower_http::{compression::CompressionLayer, timeout::TimeoutLayer, trace::TraceLayer};
-use tower_idempotency::{Attempt, Concurrent, Fingerprinter, Guarantee, IdempotencyLayer, MemoryStore, Scope};
+use tower_idempotency::{
+    Attempt, Concurrent, Fingerprinter, Guarantee, IdempotencyLayer, MemoryStore, Scope, Unfinished,
+};
 
 use crate::support::{
     http::send,
-    serve::{Effects, Gate, ask, assert_replay, keyed, serve, whole},
+    serve::{
+        Departures, Effects, Gate, HyperRequest, absolute, ask, assert_replay, connect_h2, keyed, listen, raw, serve,
+        serve_hyper, whole,
+    },
 };
 
 /// A route with one effect and an answer that no second run would give.
@@ -477,4 +483,324 @@ async fn the_trailers_of_request_and_answer_are_kept() {
     );
     assert_replay(&first, &ask().await);
     assert_eq!(effects.count(), 1);
+}
+
+// ---- raw hyper
+
+/// A service for hyper alone: its effect is behind a gate.
+fn hyper_service(
+    idempotency: &IdempotencyLayer,
+    effects: &Effects,
+    gate: &Gate,
+    departures: &Departures,
+) -> impl tower::Service<
+    HyperRequest,
+    Response = Response<impl http_body::Body<Data = Bytes, Error = Infallible> + Send + 'static>,
+    Error = hyper::Error,
+    Future: Send,
+> + Clone
++ Send
++ 'static {
+    let (effects, gate) = (effects.clone(), gate.clone());
+    ServiceBuilder::new()
+        .layer(departures.clone())
+        .layer(idempotency.clone())
+        .service_fn(move |request: HyperRequest| {
+            let (effects, gate) = (effects.clone(), gate.clone());
+            async move {
+                let sent = request.into_body().collect().await?.to_bytes();
+                gate.pass().await;
+                let answer = format!("{} for {sent:?}", effects.happen());
+                Ok(Response::new(Full::new(Bytes::from(answer))))
+            }
+        })
+}
+
+#[tokio::test]
+async fn a_raw_hyper_server_is_protected_over_http_1() {
+    let (effects, gate) = (Effects::default(), Gate::closed());
+    let idempotency = IdempotencyLayer::new(MemoryStore::new());
+    let service = hyper_service(&idempotency, &effects, &gate, &Departures::none());
+    let address = serve_hyper(Version::HTTP_11, service).await;
+    gate.open();
+    let first = send(address, keyed("/", "one", "100")).await.unwrap();
+    assert_eq!(first.body, "1 for b\"100\"");
+    assert_replay(&first, &send(address, keyed("/", "one", "100")).await.unwrap());
+    assert_eq!(effects.count(), 1);
+}
+
+#[tokio::test]
+async fn a_raw_hyper_server_is_protected_over_http_2() {
+    let (effects, gate) = (Effects::default(), Gate::closed());
+    let idempotency = IdempotencyLayer::new(MemoryStore::new());
+    let service = hyper_service(&idempotency, &effects, &gate, &Departures::none());
+    let address = serve_hyper(Version::HTTP_2, service).await;
+    let mut connection = connect_h2(address).await;
+    let mut ask = async || {
+        let response = connection
+            .send_request(absolute(keyed("/", "one", "100")))
+            .await
+            .unwrap();
+        whole(response).await.unwrap()
+    };
+    gate.open();
+    let first = ask().await;
+    assert_eq!(first.body, "1 for b\"100\"");
+    assert_replay(&first, &ask().await);
+    assert_eq!(effects.count(), 1);
+}
+
+#[tokio::test]
+async fn when_one_stream_is_reset_its_handler_runs_on_and_the_other_streams_are_unharmed() {
+    let (effects, gate, departures) = (Effects::default(), Gate::closed(), Departures::none());
+    let idempotency = IdempotencyLayer::new(MemoryStore::new());
+    let service = hyper_service(&idempotency, &effects, &gate, &departures);
+    let address = serve_hyper(Version::HTTP_2, service).await;
+    let mut connection = connect_h2(address).await;
+    let reset = tokio::spawn(connection.send_request(absolute(keyed("/", "reset", "100"))));
+    gate.entered().await;
+    let unharmed = tokio::spawn(connection.send_request(absolute(keyed("/", "unharmed", "200"))));
+    gate.entered().await;
+    // To hyper's client, dropping a request is RST_STREAM.
+    reset.abort();
+    departures.one_more().await;
+    assert_eq!((effects.count(), idempotency.drain().running()), (0, 1));
+    gate.open();
+    idempotency.drain().finished().await;
+    assert_eq!(effects.count(), 1, "nobody reads the answer, but there is one");
+    gate.open();
+    let unharmed = whole(unharmed.await.unwrap().unwrap()).await.unwrap();
+    assert_eq!(unharmed.body, "2 for b\"200\"");
+    // On the same connection.
+    for (key, amount, answer) in [
+        ("reset", "100", "1 for b\"100\""),
+        ("unharmed", "200", "2 for b\"200\""),
+    ] {
+        let retry = connection
+            .send_request(absolute(keyed("/", key, amount)))
+            .await
+            .unwrap();
+        let retry = whole(retry).await.unwrap();
+        assert!(retry.is_replay());
+        assert_eq!(retry.body, answer);
+    }
+    assert_eq!((effects.count(), idempotency.counters().detached), (2, 1));
+}
+
+// ---- shutdown
+
+#[tokio::test]
+async fn a_graceful_shutdown_drains_the_requests_whose_clients_left() {
+    let (effects, gate, departures) = (Effects::default(), Gate::closed(), Departures::none());
+    let store = MemoryStore::new();
+    let idempotency = IdempotencyLayer::new(store.clone());
+    let drain = idempotency.drain();
+    let app = Router::new()
+        .route("/payments", pay_slowly(&effects, &gate))
+        .layer(ServiceBuilder::new().layer(departures.clone()).layer(idempotency));
+    let (listener, address) = listen().await;
+    let (stop, stopped) = oneshot::channel::<()>();
+    let shutdown = async move { stopped.await.unwrap() };
+    let server = axum::serve(listener, app.clone()).with_graceful_shutdown(shutdown);
+    let server = tokio::spawn(server.into_future());
+
+    let request = "POST /payments HTTP/1.1\r\nhost: localhost\r\nidempotency-key: one\r\ncontent-length: 3\r\n\r\n100";
+    let client = raw(address, request).await;
+    gate.entered().await;
+    drop(client);
+    departures.one_more().await;
+    stop.send(()).unwrap();
+    server.await.unwrap().unwrap();
+
+    // The server is gone; the attempt is not.
+    assert_eq!(drain.running(), 1);
+    assert_eq!(drain.within(Duration::ZERO).await, Err(Unfinished { running: 1 }));
+    let mut finished = pin!(drain.within(Duration::MAX));
+    assert!(poll!(&mut finished).is_pending());
+    gate.open();
+    finished.await.unwrap();
+    assert_eq!((effects.count(), store.len(), drain.running()), (1, 1, 0));
+    let retry = ask(&app, keyed("/payments", "one", "100")).await;
+    assert!(retry.is_replay());
+    assert_eq!(retry.body, "payment 1");
+    assert_eq!(
+        drain.within(Duration::ZERO).await,
+        Ok(()),
+        "with nothing left there is nothing to wait for"
+    );
+}
+
+// ---- tonic
+
+#[cfg(feature = "tonic")]
+mod grpc {
+    use std::{
+        net::SocketAddr,
+        task::{Context, Poll},
+    };
+
+    use futures_util::future::BoxFuture;
+    use http::uri::PathAndQuery;
+    use prost::Message;
+    use tonic::{
+        Code, Status,
+        client::Grpc,
+        metadata::MetadataValue,
+        server::NamedService,
+        transport::{Channel, Server, server::TcpIncoming},
+    };
+    use tonic_prost::ProstCodec;
+    use tower_idempotency::Rejection;
+
+    use super::*;
+
+    #[derive(Clone, PartialEq, Message)]
+    struct Payment {
+        #[prost(uint64, tag = "1")]
+        amount: u64,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    struct Receipt {
+        #[prost(uint64, tag = "1")]
+        number: u64,
+    }
+
+    /// Pays every amount but 0, which ends with an error after its effect.
+    #[derive(Clone)]
+    struct Payments(Effects);
+
+    impl NamedService for Payments {
+        const NAME: &'static str = "test.Payments";
+    }
+
+    impl tower::Service<Request<tonic::body::Body>> for Payments {
+        type Response = Response<tonic::body::Body>;
+        type Error = Infallible;
+        type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, request: Request<tonic::body::Body>) -> Self::Future {
+            let effects = self.0.clone();
+            let pay = service_fn(move |request: tonic::Request<Payment>| {
+                let number = effects.happen() as u64;
+                std::future::ready(if request.get_ref().amount == 0 {
+                    let mut status = Status::failed_precondition(format!("no funds at {number}"));
+                    status
+                        .metadata_mut()
+                        .insert("account-state", MetadataValue::from_static("empty"));
+                    Err(status)
+                } else {
+                    Ok(tonic::Response::new(Receipt { number }))
+                })
+            });
+            Box::pin(async move {
+                let codec = ProstCodec::<Receipt, Payment>::default();
+                Ok(tonic::server::Grpc::new(codec).unary(pay, request).await)
+            })
+        }
+    }
+
+    async fn serve(idempotency: IdempotencyLayer, effects: &Effects) -> SocketAddr {
+        let (listener, address) = listen().await;
+        let server = Server::builder()
+            .layer(idempotency)
+            .add_service(Payments(effects.clone()));
+        tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+        address
+    }
+
+    async fn call(address: SocketAddr, key: &'static str, amount: u64) -> Result<tonic::Response<Receipt>, Status> {
+        let channel = Channel::from_shared(format!("http://{address}"))
+            .unwrap()
+            .connect()
+            .await
+            .unwrap();
+        let mut client = Grpc::new(channel);
+        client.ready().await.unwrap();
+        let mut request = tonic::Request::new(Payment { amount });
+        request
+            .metadata_mut()
+            .insert("idempotency-key", MetadataValue::from_static(key));
+        let path = PathAndQuery::from_static("/test.Payments/Pay");
+        client
+            .unary(request, path, ProstCodec::<Payment, Receipt>::default())
+            .await
+    }
+
+    #[tokio::test]
+    async fn a_tonic_call_runs_once_and_its_reply_is_replayed() {
+        let effects = Effects::default();
+        let address = serve(IdempotencyLayer::new(MemoryStore::new()), &effects).await;
+        let first = call(address, "one", 100).await.unwrap();
+        let retry = call(address, "one", 100).await.unwrap();
+        assert_eq!((first.get_ref().number, retry.get_ref().number), (1, 1));
+        assert!(first.metadata().get("idempotent-replayed").is_none());
+        assert_eq!(retry.metadata().get("idempotent-replayed").unwrap(), "true");
+        assert_eq!(retry.metadata().get("grpc-status").unwrap(), "0");
+        assert_eq!(effects.count(), 1);
+        assert_eq!(call(address, "two", 100).await.unwrap().get_ref().number, 2);
+    }
+
+    #[tokio::test]
+    async fn the_grpc_status_is_replayed_in_the_trailers_where_it_was() {
+        let effects = Effects::default();
+        let address = serve(IdempotencyLayer::new(MemoryStore::new()), &effects).await;
+        let mut connection = connect_h2(address).await;
+        let mut call = async || {
+            let message = Payment { amount: 100 }.encode_to_vec();
+            let mut framed = vec![0, 0, 0, 0, message.len() as u8];
+            framed.extend(message);
+            let headers = [
+                ("content-type", "application/grpc"),
+                ("te", "trailers"),
+                ("idempotency-key", "one"),
+            ];
+            let request = absolute(support::http::post("/test.Payments/Pay", &headers, framed));
+            whole(connection.send_request(request).await.unwrap()).await.unwrap()
+        };
+        let first = call().await;
+        assert_eq!(first.trailers.as_ref().unwrap()["grpc-status"], "0");
+        assert_replay(&first, &call().await);
+        assert_eq!(effects.count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_grpc_error_is_replayed_with_its_code_message_and_metadata() {
+        let effects = Effects::default();
+        let address = serve(IdempotencyLayer::new(MemoryStore::new()), &effects).await;
+        let first = call(address, "one", 0).await.unwrap_err();
+        let retry = call(address, "one", 0).await.unwrap_err();
+        for status in [&first, &retry] {
+            assert_eq!(
+                (status.code(), status.message()),
+                (Code::FailedPrecondition, "no funds at 1")
+            );
+            assert_eq!(status.metadata().get("account-state").unwrap(), "empty");
+        }
+        assert!(first.metadata().get("idempotent-replayed").is_none());
+        assert_eq!(retry.metadata().get("idempotent-replayed").unwrap(), "true");
+        assert_eq!(effects.count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_refusal_can_be_told_in_the_words_of_grpc() {
+        let effects = Effects::default();
+        let refuse = |rejection: &Rejection, _: &http::request::Parts| {
+            let status = Status::invalid_argument(rejection.kind().slug());
+            status.into_http::<Bytes>()
+        };
+        let idempotency = IdempotencyLayer::new(MemoryStore::new()).rejections(refuse);
+        let address = serve(idempotency, &effects).await;
+        call(address, "one", 100).await.unwrap();
+        let refused = call(address, "one", 200).await.unwrap_err();
+        assert_eq!(
+            (refused.code(), refused.message()),
+            (Code::InvalidArgument, "idempotency-key-reused")
+        );
+        assert_eq!(effects.count(), 1);
+    }
 }

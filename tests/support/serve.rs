@@ -222,8 +222,7 @@ where
     B::Data: Send,
     B::Error: std::error::Error + Send + Sync + 'static,
 {
-    let service =
-        service.map_request(|request: Request<hyper::body::Incoming>| request.map(|body| BodyExt::boxed(body)));
+    let service = service.map_request(|request: Request<hyper::body::Incoming>| request.map(BodyExt::boxed));
     let service = TowerToHyperService::new(service);
     let (listener, address) = listen().await;
     tokio::spawn(async move {
