@@ -18,7 +18,9 @@ use http::{HeaderMap, Request, Response, StatusCode, Version};
 use http_body_util::{BodyExt, Full};
 use tokio::sync::oneshot;
 use tower::{ServiceBuilder, ServiceExt, service_fn, util::BoxCloneService};
-use tower_http::{compression::CompressionLayer, timeout::TimeoutLayer, trace::TraceLayer};
+use tower_http::{
+    compression::CompressionLayer, limit::RequestBodyLimitLayer, timeout::TimeoutLayer, trace::TraceLayer,
+};
 use tower_idempotency::{
     Attempt, Concurrent, Fingerprinter, Guarantee, IdempotencyLayer, MemoryStore, Scope, Unfinished,
 };
@@ -26,8 +28,8 @@ use tower_idempotency::{
 use crate::support::{
     http::send,
     serve::{
-        Departures, Effects, Gate, HyperRequest, absolute, ask, assert_replay, connect_h2, keyed, listen, raw, serve,
-        serve_hyper, whole,
+        Departures, Effects, Gate, HyperRequest, absolute, ask, assert_replay, connect_h2, frames, keyed, listen, raw,
+        serve, serve_hyper, whole,
     },
 };
 
@@ -313,6 +315,29 @@ async fn a_timeout_below_is_the_handlers_answer_and_is_replayed() {
         1,
         "nobody knows what the handler did: it is not run again"
     );
+}
+
+#[tokio::test]
+async fn below_a_layer_that_changes_the_bodys_type_it_is_boxed_first() {
+    let effects = Effects::default();
+    let handler = effects.clone();
+    let app = Router::new()
+        .route(
+            "/payments",
+            post(async move |body: String| format!("{}: {body}", handler.happen())),
+        )
+        .layer(
+            ServiceBuilder::new()
+                .layer(RequestBodyLimitLayer::new(3))
+                .map_request(|request: Request<_>| request.map(Body::new))
+                .layer(IdempotencyLayer::new(MemoryStore::new())),
+        );
+    let streamed = |frame| keyed("/payments", "one", "").map(|_| frames([frame]));
+    assert_eq!(ask(&app, streamed("1000")).await.problem(), "request-body-too-large");
+    let first = ask(&app, streamed("100")).await;
+    assert_eq!(first.body, "1: 100");
+    assert_replay(&first, &ask(&app, streamed("100")).await);
+    assert_eq!(effects.count(), 1);
 }
 
 fn gunzip(answer: &support::http::Answer) -> String {

@@ -1,6 +1,7 @@
 //! Servers on loopback, and handlers that count, that can be held, and whose clients can be seen to leave.
 
 use std::{
+    convert::Infallible,
     future::Future,
     net::SocketAddr,
     pin::Pin,
@@ -22,7 +23,7 @@ use hyper_util::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{Semaphore, mpsc},
 };
 use tower::{Layer, Service, ServiceExt};
 
@@ -79,18 +80,29 @@ async fn take(semaphore: &Semaphore) {
     semaphore.acquire().await.expect("it is never closed").forget();
 }
 
-/// A layer that tells when the request below it was dropped before it was answered: its client left.
+/// A layer that tells when the request below it is over, and when it was dropped before it was answered: its client left.
 #[derive(Clone, Debug)]
-pub struct Departures(Arc<Semaphore>);
+pub struct Departures {
+    left: Arc<Semaphore>,
+    over: Arc<Semaphore>,
+}
 
 impl Departures {
     pub fn none() -> Self {
-        Self(Arc::new(Semaphore::new(0)))
+        Self {
+            left: Arc::new(Semaphore::new(0)),
+            over: Arc::new(Semaphore::new(0)),
+        }
     }
 
     /// Until one more client has left, and everything below knows it.
     pub async fn one_more(&self) {
-        take(&self.0).await;
+        take(&self.left).await;
+    }
+
+    /// Until one more request is over, answered or not.
+    pub async fn one_more_over(&self) {
+        take(&self.over).await;
     }
 }
 
@@ -100,7 +112,7 @@ impl<S> Layer<S> for Departures {
     fn layer(&self, inner: S) -> Watched<S> {
         Watched {
             inner,
-            left: self.clone(),
+            departures: self.clone(),
         }
     }
 }
@@ -108,7 +120,7 @@ impl<S> Layer<S> for Departures {
 #[derive(Clone)]
 pub struct Watched<S> {
     inner: S,
-    left: Departures,
+    departures: Departures,
 }
 
 impl<S: Service<R>, R> Service<R> for Watched<S> {
@@ -123,7 +135,10 @@ impl<S: Service<R>, R> Service<R> for Watched<S> {
     fn call(&mut self, request: R) -> Self::Future {
         WatchedFuture {
             future: Box::pin(self.inner.call(request)),
-            left: Leaving(Some(self.left.clone())),
+            ending: Ending {
+                departures: self.departures.clone(),
+                answered: false,
+            },
         }
     }
 }
@@ -131,16 +146,20 @@ impl<S: Service<R>, R> Service<R> for Watched<S> {
 pub struct WatchedFuture<F> {
     // Dropped in this order: what is below hears of the departure before the test does.
     future: Pin<Box<F>>,
-    left: Leaving,
+    ending: Ending,
 }
 
-struct Leaving(Option<Departures>);
+struct Ending {
+    departures: Departures,
+    answered: bool,
+}
 
-impl Drop for Leaving {
+impl Drop for Ending {
     fn drop(&mut self) {
-        if let Some(left) = self.0.take() {
-            left.0.add_permits(1);
+        if !self.answered {
+            self.departures.left.add_permits(1);
         }
+        self.departures.over.add_permits(1);
     }
 }
 
@@ -149,9 +168,7 @@ impl<F: Future> Future for WatchedFuture<F> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let poll = self.future.as_mut().poll(cx);
-        if poll.is_ready() {
-            self.left.0 = None;
-        }
+        self.ending.answered = poll.is_ready();
         poll
     }
 }
@@ -295,4 +312,19 @@ pub async fn read_until(stream: &mut TcpStream, end: &str) -> String {
         );
     }
     String::from_utf8(read).expect("text")
+}
+
+/// A body of frames, whose size is not known before its end.
+pub fn frames<const N: usize>(frames: [&'static str; N]) -> Body {
+    Body::from_stream(futures_util::stream::iter(frames.map(Ok::<_, Infallible>)))
+}
+
+/// A body that the test sends frame by frame; it ends when the sender is dropped.
+pub fn channel() -> (mpsc::UnboundedSender<&'static str>, Body) {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let frames = futures_util::stream::unfold(receiver, async |mut receiver| {
+        let frame = receiver.recv().await?;
+        Some((Ok::<_, Infallible>(frame), receiver))
+    });
+    (sender, Body::from_stream(frames))
 }
