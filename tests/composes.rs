@@ -28,8 +28,8 @@ use tower_idempotency::{
 use crate::support::{
     http::send,
     serve::{
-        Departures, Effects, Gate, HyperRequest, absolute, ask, assert_replay, connect_h2, frames, keyed, listen, raw,
-        serve, serve_hyper, whole,
+        Departures, Effects, Gate, HyperRequest, absolute, ask, assert_replay, channel, connect_h2, frames, keyed,
+        listen, raw, serve, serve_hyper, whole,
     },
 };
 
@@ -206,7 +206,7 @@ async fn two_layers_that_wait_do_not_wait_for_each_other() {
     let mut first = pin!(ask(&app, keyed("/payments", "one", "100")));
     let mut second = pin!(ask(&app, keyed("/payments", "one", "100")));
     assert!(poll!(&mut first).is_pending());
-    gate.entered().await;
+    assert!(poll!(pin!(gate.entered())).is_ready(), "the first runs");
     assert!(poll!(&mut second).is_pending());
     assert_eq!(
         idempotency.counters().waited,
@@ -474,6 +474,64 @@ async fn a_concurrency_limit_may_be_below_and_replays_give_its_permits_back() {
         .concurrency_limit(1)
         .service(echo(&effects));
     runs_once_for_each_key(service, &effects).await;
+}
+
+/// A service with two places, whose requests to `/slow` stop at the gate.
+fn two_places(
+    idempotency: IdempotencyLayer,
+    gate: &Gate,
+) -> BoxCloneService<Request<Body>, Response<Body>, Infallible> {
+    let gate = gate.clone();
+    let handler = service_fn(move |request: Request<Body>| {
+        let gate = gate.clone();
+        async move {
+            if request.uri() == "/slow" {
+                gate.pass().await;
+            }
+            Ok(Response::new(request.into_body()))
+        }
+    });
+    let service = ServiceBuilder::new()
+        .layer(idempotency)
+        .concurrency_limit(2)
+        .service(handler);
+    BoxCloneService::new(service.map_response(|response: Response<_>| response.map(Body::new)))
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_a_duplicate_takes_no_place_below() {
+    let gate = Gate::closed();
+    let idempotency = IdempotencyLayer::new(MemoryStore::new()).on_concurrent(Concurrent::Wait(Duration::from_secs(5)));
+    let service = two_places(idempotency.clone(), &gate);
+    let ask = |path, key| service.clone().oneshot(keyed(path, key, "100").map(Body::new));
+    let mut first = pin!(ask("/slow", "one"));
+    assert!(poll!(&mut first).is_pending());
+    let mut duplicate = pin!(ask("/slow", "one"));
+    assert!(poll!(&mut duplicate).is_pending());
+    assert_eq!(idempotency.counters().waited, 1);
+    let other = poll!(pin!(ask("/", "two")));
+    assert!(other.is_ready(), "the second place is free");
+    gate.open();
+    let (first, duplicate) = tokio::join!(first, duplicate);
+    assert_replay(
+        &whole(first.unwrap()).await.unwrap(),
+        &whole(duplicate.unwrap()).await.unwrap(),
+    );
+}
+
+#[tokio::test]
+async fn whose_body_is_slow_takes_no_place_below() {
+    let service = two_places(IdempotencyLayer::new(MemoryStore::new()), &Gate::closed());
+    let ask = |key, body| service.clone().oneshot(keyed("/", key, "").map(|_| body));
+    let (first_sender, first_body) = channel();
+    let (second_sender, second_body) = channel();
+    let mut first = pin!(ask("one", first_body));
+    let mut second = pin!(ask("two", second_body));
+    assert!(poll!(&mut first).is_pending() && poll!(&mut second).is_pending());
+    let other = poll!(pin!(ask("three", Body::from("300"))));
+    assert!(other.is_ready(), "both places are free");
+    drop((first_sender, second_sender));
+    assert!(first.await.is_ok() && second.await.is_ok());
 }
 
 #[tokio::test]
