@@ -4,7 +4,13 @@
 
 mod support;
 
-use std::{convert::Infallible, future::IntoFuture, pin::pin, time::Duration};
+use std::{
+    convert::Infallible,
+    future::{Ready, ready},
+    pin::pin,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -17,7 +23,7 @@ use futures_util::poll;
 use http::{HeaderMap, Request, Response, StatusCode, Version};
 use http_body_util::{BodyExt, Full};
 use tokio::sync::oneshot;
-use tower::{ServiceBuilder, ServiceExt, service_fn, util::BoxCloneService};
+use tower::{Layer, ServiceBuilder, ServiceExt, service_fn, util::BoxCloneService};
 use tower_http::{
     compression::CompressionLayer, limit::RequestBodyLimitLayer, timeout::TimeoutLayer, trace::TraceLayer,
 };
@@ -427,7 +433,7 @@ fn echo(
     let effects = effects.clone();
     service_fn(move |request: Request<Full<Bytes>>| {
         effects.happen();
-        std::future::ready(Ok(Response::new(request.into_body())))
+        ready(Ok(Response::new(request.into_body())))
     })
 }
 
@@ -534,6 +540,45 @@ async fn whose_body_is_slow_takes_no_place_below() {
     assert!(first.await.is_ok() && second.await.is_ok());
 }
 
+/// A service that cannot take the second request that asks.
+#[derive(Clone, Default)]
+struct SometimesFull {
+    asked: Effects,
+    effects: Effects,
+}
+
+impl tower::Service<Request<Body>> for SometimesFull {
+    type Response = Response<Body>;
+    type Error = &'static str;
+    type Future = Ready<Result<Response<Body>, &'static str>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), &'static str>> {
+        Poll::Ready(if self.asked.happen() == 2 { Err("full") } else { Ok(()) })
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        self.effects.happen();
+        ready(Ok(Response::new(request.into_body())))
+    }
+}
+
+#[tokio::test]
+async fn a_service_that_cannot_take_the_request_leaves_its_key_free() {
+    let (below, store) = (SometimesFull::default(), MemoryStore::new());
+    let service = IdempotencyLayer::new(store.clone()).layer(below.clone());
+    let (sender, body) = channel();
+    let mut slow = pin!(service.clone().oneshot(keyed("/", "one", "").map(|_| body)));
+    assert!(poll!(&mut slow).is_pending());
+    drop(sender);
+    assert_eq!(slow.await.unwrap_err(), "full");
+    assert_eq!((below.effects.count(), store.len()), (0, 0));
+    let retry = whole(service.oneshot(keyed("/", "one", "").map(Body::new)).await.unwrap())
+        .await
+        .unwrap();
+    assert!(!retry.is_replay());
+    assert_eq!((below.effects.count(), store.len()), (1, 1));
+}
+
 #[tokio::test]
 async fn the_trailers_of_request_and_answer_are_kept() {
     let effects = Effects::default();
@@ -548,14 +593,14 @@ async fn the_trailers_of_request_and_answer_are_kept() {
                 let mut trailers = HeaderMap::new();
                 trailers.insert("x-run", handler.happen().into());
                 trailers.insert("x-seen", checksum);
-                let body = Full::new(sent.to_bytes()).with_trailers(std::future::ready(Some(Ok(trailers))));
+                let body = Full::new(sent.to_bytes()).with_trailers(ready(Some(Ok(trailers))));
                 Ok::<_, axum::Error>(Response::new(body))
             }
         });
     let ask = async || {
         let trailers = HeaderMap::from_iter([("x-checksum".parse().unwrap(), "abc".parse().unwrap())]);
         let request = keyed("/", "one", "100");
-        let request = request.map(|body| Body::new(body.with_trailers(std::future::ready(Some(Ok(trailers))))));
+        let request = request.map(|body| Body::new(body.with_trailers(ready(Some(Ok(trailers))))));
         whole(service.clone().oneshot(request).await.unwrap()).await.unwrap()
     };
     let first = ask().await;
@@ -717,10 +762,7 @@ async fn a_graceful_shutdown_drains_the_requests_whose_clients_left() {
 
 #[cfg(feature = "tonic")]
 mod grpc {
-    use std::{
-        net::SocketAddr,
-        task::{Context, Poll},
-    };
+    use std::net::SocketAddr;
 
     use futures_util::future::BoxFuture;
     use http::uri::PathAndQuery;
@@ -770,7 +812,7 @@ mod grpc {
             let effects = self.0.clone();
             let pay = service_fn(move |request: tonic::Request<Payment>| {
                 let number = effects.happen() as u64;
-                std::future::ready(if request.get_ref().amount == 0 {
+                ready(if request.get_ref().amount == 0 {
                     let mut status = Status::failed_precondition(format!("no funds at {number}"));
                     status
                         .metadata_mut()
