@@ -791,7 +791,10 @@ mod grpc {
         number: u64,
     }
 
-    /// Pays every amount but 0, which ends with an error after its effect.
+    /// An amount that the service has no time for.
+    const BUSY: u64 = 7;
+
+    /// Pays every amount but 0, for which there are no funds, and [`BUSY`].
     #[derive(Clone)]
     struct Payments(Effects);
 
@@ -812,14 +815,15 @@ mod grpc {
             let effects = self.0.clone();
             let pay = service_fn(move |request: tonic::Request<Payment>| {
                 let number = effects.happen() as u64;
-                ready(if request.get_ref().amount == 0 {
-                    let mut status = Status::failed_precondition(format!("no funds at {number}"));
-                    status
-                        .metadata_mut()
-                        .insert("account-state", MetadataValue::from_static("empty"));
-                    Err(status)
-                } else {
-                    Ok(tonic::Response::new(Receipt { number }))
+                ready(match request.get_ref().amount {
+                    0 => {
+                        let mut status = Status::failed_precondition(format!("no funds at {number}"));
+                        let state = MetadataValue::from_static("empty");
+                        status.metadata_mut().insert("account-state", state);
+                        Err(status)
+                    }
+                    BUSY => Err(Status::unavailable(format!("try later, {number}"))),
+                    _ => Ok(tonic::Response::new(Receipt { number })),
                 })
             });
             Box::pin(async move {
@@ -927,5 +931,29 @@ mod grpc {
             (Code::InvalidArgument, "idempotency-key-reused")
         );
         assert_eq!(effects.count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_refusal_reaches_a_grpc_client_as_a_grpc_status() {
+        let effects = Effects::default();
+        let address = serve(IdempotencyLayer::new(MemoryStore::new()), &effects).await;
+        call(address, "one", 100).await.unwrap();
+        let refused = call(address, "one", 200).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{refused:?}");
+        assert_eq!(refused.message(), "Idempotency key was used for a different request");
+        assert_eq!(effects.count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_grpc_status_that_says_not_executed_frees_the_key() {
+        let effects = Effects::default();
+        let address = serve(IdempotencyLayer::new(MemoryStore::new()), &effects).await;
+        for run in 1..=2 {
+            let status = call(address, "one", BUSY).await.unwrap_err();
+            assert_eq!(status.code(), Code::Unavailable);
+            assert_eq!(status.message(), format!("try later, {run}"));
+            assert!(status.metadata().get("idempotent-replayed").is_none());
+        }
+        assert_eq!(effects.count(), 2);
     }
 }
