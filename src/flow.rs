@@ -24,6 +24,7 @@ use crate::{
     error::{StoreError, StoreErrorKind},
     extract::Attempt,
     fingerprint::Comparison,
+    grpc,
     guard::{Guard, Outcome, settle_later},
     key::IdempotencyKey,
     policy::named_by_connection,
@@ -272,7 +273,7 @@ where
     }
     let policy = &shared.policy;
     let (parts, body) = service.call(request).await?.into_parts();
-    if !(policy.store_when)(parts.status) {
+    if !(policy.store_when)(grpc::http_status(&parts.headers).unwrap_or(parts.status)) {
         return Ok(Ran::NotExecuted(parts, body));
     }
     if (policy.stream_when)(&parts) {
