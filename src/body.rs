@@ -53,7 +53,14 @@ impl Body for BufferedBody {
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.data.len() as u64)
+        let length = self.data.len() as u64;
+        if self.trailers.is_none() {
+            return SizeHint::with_exact(length);
+        }
+        // Over HTTP/1.1 trailers follow chunks only, and a server announces an exact size instead of chunking.
+        let mut hint = SizeHint::new();
+        hint.set_lower(length);
+        hint
     }
 }
 

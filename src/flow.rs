@@ -24,6 +24,7 @@ use crate::{
     error::{StoreError, StoreErrorKind},
     extract::Attempt,
     fingerprint::Comparison,
+    grpc,
     guard::{Guard, Outcome, settle_later},
     key::IdempotencyKey,
     policy::{Policy, named_by_connection},
@@ -37,7 +38,7 @@ use crate::{
 /// A request with a key, read whole, and everything that it needs to be answered.
 pub(crate) struct Exchange<S> {
     pub(crate) shared: Arc<Shared>,
-    service: S,
+    pub(crate) service: S,
     parts: request::Parts,
     body: BufferedBody,
     key: IdempotencyKey,
@@ -97,7 +98,7 @@ fn identify(
 /// From the first look at the store to the answer. Once it is polled it must run to its end.
 pub(crate) async fn run<S, B, R>(mut exchange: Exchange<S>) -> Step<S, R, S::Error>
 where
-    S: Service<Request<B>, Response = Response<R>>,
+    S: Service<Request<B>, Response = Response<R>> + Clone,
     B: RequestBody,
     R: Body,
 {
@@ -180,7 +181,9 @@ fn unusable_store(error: &StoreError) -> Rejection {
 // ---- run → complete → reply
 
 /// What the service answered, and what is to be remembered of it.
-enum Ran<R: Body> {
+enum Ran<R: Body, E> {
+    /// The service could not take the request.
+    NotReady(E),
     /// A status by which it says that it did not execute.
     NotExecuted(response::Parts, R),
     Whole(response::Parts, BufferedBody),
@@ -227,6 +230,10 @@ impl<S> Exchange<S> {
                 guard.settle(unknown).await;
                 Err(error)
             }
+            Ok(Ok(Ran::NotReady(error))) => {
+                guard.settle(Outcome::NotExecuted).await;
+                Err(error)
+            }
             Ok(Ok(Ran::NotExecuted(parts, body))) => {
                 guard.settle(Outcome::NotExecuted).await;
                 Ok(Response::from_parts(parts, ResponseBody::passed(body)))
@@ -257,19 +264,23 @@ impl<S> Exchange<S> {
         R: Body,
     {
         let request = Request::from_parts(self.parts, B::from_buffered(self.body));
+        ready(&mut self.service).await?;
         let response = self.service.call(request).await?;
         Ok(response.map(ResponseBody::passed))
     }
 }
 
-async fn call<S, B, R>(mut service: S, request: Request<B>, shared: &Shared) -> Result<Ran<R>, S::Error>
+async fn call<S, B, R>(mut service: S, request: Request<B>, shared: &Shared) -> Result<Ran<R, S::Error>, S::Error>
 where
     S: Service<Request<B>, Response = Response<R>>,
     R: Body,
 {
+    if let Err(error) = ready(&mut service).await {
+        return Ok(Ran::NotReady(error));
+    }
     let policy = &shared.policy;
     let (parts, body) = service.call(request).await?.into_parts();
-    if !(policy.store_when)(parts.status) {
+    if !(policy.store_when)(grpc::http_status(&parts.headers).unwrap_or(parts.status)) {
         return Ok(Ran::NotExecuted(parts, body));
     }
     if (policy.stream_when)(&parts) {
@@ -280,6 +291,11 @@ where
         Kept::OverLimit(body) => Ran::OverLimit(parts, body),
         Kept::Broken(body) => Ran::Broken(parts, body),
     })
+}
+
+/// A service that was polled ready before says so again; one that gave its place back asks for another.
+async fn ready<S: Service<Q>, Q>(service: &mut S) -> Result<(), S::Error> {
+    poll_fn(|cx| service.poll_ready(cx)).await
 }
 
 /// A panic of the handler as a value, so that the store hears of it before it goes on.

@@ -63,6 +63,8 @@ pin_project! {
 pub(crate) struct Reading<S> {
     pub(crate) shared: Arc<Shared>,
     pub(crate) service: S,
+    /// Whether the service was polled ready, and holds whatever place that reserved.
+    pub(crate) reserved: bool,
     pub(crate) parts: request::Parts,
     pub(crate) key: IdempotencyKey,
 }
@@ -100,7 +102,7 @@ where
 
 impl<S, B, R> Future for ResponseFuture<S, B, R>
 where
-    S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
     S::Future: Send + 'static,
     S::Error: Send + 'static,
     B: RequestBody + Send + 'static,
@@ -127,10 +129,13 @@ where
                     collected,
                     body,
                 } => {
-                    let Some(limit) = reading.as_ref().map(Reading::limit) else {
+                    let Some(waiting) = reading else {
                         return Poll::Pending;
                     };
-                    let end = ready!(collected.poll_from(body, limit, cx));
+                    let Poll::Ready(end) = collected.poll_from(body, waiting.limit(), cx) else {
+                        waiting.give_place_back();
+                        return Poll::Pending;
+                    };
                     let Some(reading) = reading.take() else {
                         return Poll::Pending;
                     };
@@ -161,6 +166,15 @@ where
     }
 }
 
+impl<S: Clone> Reading<S> {
+    /// A body may be slow: others may run meanwhile. The service is polled ready again before it is called.
+    fn give_place_back(&mut self) {
+        if std::mem::take(&mut self.reserved) {
+            self.service = self.service.clone();
+        }
+    }
+}
+
 impl<S> Reading<S> {
     fn limit(&self) -> usize {
         self.shared.policy.max_request_body
@@ -179,6 +193,7 @@ impl<S> Reading<S> {
             service,
             parts,
             key,
+            ..
         } = self;
         let rejection = match end {
             End::Whole => return Exchange::new(shared, service, parts, collected.into_body(), key),

@@ -203,6 +203,9 @@ impl IdempotencyLayer {
     /// Which statuses say that the operation was executed, so that the answer is kept. Any other frees the key: **the next request
     /// with it runs**. Default: all but 401, 403, 408, 425, 429 and 503.
     ///
+    /// A gRPC call that fails without a message counts as the HTTP status of its code, so `UNAUTHENTICATED`,
+    /// `PERMISSION_DENIED`, `RESOURCE_EXHAUSTED` and `UNAVAILABLE` free the key.
+    ///
     /// A timeout layer *below* this one cuts the handler and answers for it, with 408 by default, which frees
     /// the key although the handler may have had its effect. Put it above this layer, where the handler runs on, or
     /// let it answer 504, which is kept.
@@ -272,7 +275,7 @@ impl IdempotencyLayer {
     }
 
     /// Makes the answer to a refused request, in the form that your API's errors have. Default: a problem document
-    /// (RFC 9457) with a link to its documentation.
+    /// (RFC 9457) with a link to its documentation, and to a gRPC client a status.
     ///
     /// ```
     /// # use bytes::Bytes;

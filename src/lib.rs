@@ -11,6 +11,7 @@ mod extract;
 mod fingerprint;
 mod flow;
 mod future;
+mod grpc;
 mod guard;
 mod key;
 mod layer;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header, request::Parts};
 use serde_json::Value;
 
-use crate::random;
+use crate::{grpc, random};
 
 /// Which rule a refused request met. Each kind is one problem type, described in [`problems`](crate::problems).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -261,6 +261,7 @@ impl Problems {
         }
         let mut response = match &self.hook {
             Some(hook) => hook(&rejection, parts),
+            None if grpc::is_grpc(&parts.headers) => grpc::refusal(&rejection),
             None => problem_response(&rejection),
         };
         response.extensions_mut().insert(rejection);

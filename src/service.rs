@@ -81,6 +81,7 @@ where
             Reading {
                 shared,
                 service,
+                reserved: true,
                 parts,
                 key,
             },

@@ -75,7 +75,7 @@ pub(crate) enum Next {
 /// A waiter looks at the record this often although it heard of no change: hints may be lost between nodes.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-impl<S> Exchange<S> {
+impl<S: Clone> Exchange<S> {
     /// Takes a place and listens, before the record is read once more; then waits with that.
     pub(crate) fn prepare_to_wait(&mut self, longest: Duration) -> Next {
         let now = Instant::now();
@@ -91,6 +91,8 @@ impl<S> Exchange<S> {
             return Next::GiveUp;
         };
         self.shared.tally.waited.add();
+        // Others may run meanwhile in the place below that it reserved; it asks for one when it runs itself.
+        self.service = self.service.clone();
         self.wait = Some(Wait {
             _place: place,
             // A wait that no clock can count has no end of its own; the lease's looks go on.
@@ -102,7 +104,9 @@ impl<S> Exchange<S> {
         });
         Next::LookAgain
     }
+}
 
+impl<S> Exchange<S> {
     /// Until the record may have changed. May be dropped: the place is free then.
     pub(crate) async fn wait(mut self: Box<Self>) -> Box<Self> {
         if let Some(wait) = &mut self.wait {

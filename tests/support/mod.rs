@@ -7,3 +7,4 @@ pub mod browser;
 pub mod demo;
 pub mod faulty;
 pub mod http;
+pub mod serve;
