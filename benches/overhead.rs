@@ -235,10 +235,17 @@ fn main() {
         .build()
         .unwrap();
     let body = Bytes::from(vec![b'i'; 1024]);
+    // For a profiler: one contestant alone, and how many rounds of it.
+    let arguments: Vec<_> = std::env::args()
+        .skip(1)
+        .filter(|argument| !argument.starts_with('-'))
+        .collect();
     let small = MemoryStore::new();
     fill(&runtime, &small, &body, OPERATIONS);
     let large = MemoryStore::new();
-    fill(&runtime, &large, &body, RESIDENT);
+    if arguments.first().is_none_or(|name| name.contains("100 k")) {
+        fill(&runtime, &large, &body, RESIDENT);
+    }
 
     let outside = |store: &MemoryStore| IdempotencyLayer::new(store.clone()).layer(router());
     let mut contestants = vec![
@@ -266,11 +273,11 @@ fn main() {
         }),
         replay_over_many("replay over 100 k keys", large.clone()),
     ];
-    // For a profiler: one contestant alone, named on the command line.
-    if let Some(name) = std::env::args().skip(1).find(|argument| !argument.starts_with('-')) {
+    if let Some(name) = arguments.first() {
+        let rounds = arguments.get(1).map_or(ROUNDS * 5, |rounds| rounds.parse().unwrap());
         let contestant = contestants.iter_mut().find(|contestant| contestant.name == name);
         let contestant = contestant.unwrap_or_else(|| panic!("there is no contestant {name:?}"));
-        let times = (0..ROUNDS * 5).map(|_| (contestant.round)(&runtime, &body)).collect();
+        let times = (0..rounds).map(|_| (contestant.round)(&runtime, &body)).collect();
         println!("{name}: {:.0} ns", median(times));
         return;
     }

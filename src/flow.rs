@@ -3,48 +3,41 @@
 //! key → scope → fingerprint → begin → decide → run | replay | refuse → complete → reply
 //!
 //! Only this file knows the order. [`service`](crate::service) finds the key and [`future`](crate::future) reads the
-//! body before it starts; from there on nothing is begun that is not also ended.
+//! body before it starts; [`attempt`](crate::attempt) runs the handler and ends what was begun.
 
-use std::{
-    future::{Future, poll_fn},
-    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
-    pin::pin,
-    sync::Arc,
-    task::Poll,
-};
+use std::{future::Future, pin::Pin, sync::Arc};
 
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, Version, header, request, response};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, Version, header, request};
 use http_body::Body;
 use tower_service::Service;
 
 use crate::{
-    body::{self, BufferedBody, Kept, RequestBody, ResponseBody, Resumed},
+    body::{BufferedBody, RequestBody, ResponseBody},
     codec::{Answer, StoredResponse},
     decide::{Decision, decide},
     error::{StoreError, StoreErrorKind},
-    extract::Attempt,
     fingerprint::Comparison,
-    grpc,
-    guard::{Guard, Outcome, settle_later},
+    guard::{Outcome, settle_later},
     key::IdempotencyKey,
-    policy::{Policy, named_by_connection},
+    policy::Policy,
     record::{Begin, Claim, Lease, Owner, RecordId},
     rejection::{Rejection, RejectionKind},
     scope::NoScope,
     shared::Shared,
-    wait::{Next, Wait},
+    wait::{Prepared, Wait},
 };
 
 /// A request with a key, read whole, and everything that it needs to be answered.
 pub(crate) struct Exchange<S> {
     pub(crate) shared: Arc<Shared>,
     pub(crate) service: S,
-    parts: request::Parts,
-    body: BufferedBody,
-    key: IdempotencyKey,
+    pub(crate) parts: request::Parts,
+    pub(crate) body: BufferedBody,
+    pub(crate) key: IdempotencyKey,
     pub(crate) id: RecordId,
     claim: Claim,
-    pub(crate) wait: Option<Wait>,
+    /// Boxed: few wait.
+    pub(crate) wait: Option<Box<Wait>>,
 }
 
 /// How far an exchange got before it has to wait.
@@ -95,34 +88,90 @@ fn identify(
     Ok((id, Claim::new(fingerprint, owner, policy.lease, policy.retention)))
 }
 
-/// From the first look at the store to the answer. Once it is polled it must run to its end.
-pub(crate) async fn run<S, B, R>(mut exchange: Exchange<S>) -> Step<S, R, S::Error>
+/// What follows from what the store found.
+enum Next<R: Body> {
+    Reply(Response<ResponseBody<R>>),
+    Run(Lease),
+    RunUnprotected,
+    BeginAgain,
+    Wait,
+}
+
+/// How an exchange starts.
+pub(crate) enum Start<S, R: Body, E> {
+    Replied(Response<ResponseBody<R>>),
+    /// Work that must run to its end once it is polled.
+    Work(Work<S, R, E>),
+}
+
+pub(crate) type Work<S, R, E> = Pin<Box<dyn Future<Output = Step<S, R, E>> + Send>>;
+
+/// The first look at a store that answers at once: a replay is over with that, and costs no future.
+pub(crate) fn start<S, B, R>(mut exchange: Exchange<S>) -> Start<S, R, S::Error>
+where
+    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Send,
+    B: RequestBody + Send + 'static,
+    R: Body + Send + 'static,
+    R::Error: Send,
+{
+    let Some(begin) = exchange.shared.store.begin_at_once(&exchange.id, &exchange.claim) else {
+        return Start::Work(Box::pin(run(exchange)));
+    };
+    match exchange.next(exchange.shared.noted(begin)) {
+        Next::Reply(response) => Start::Replied(response),
+        Next::Run(lease) => Start::Work(Box::pin(exchange.run_under(lease))),
+        Next::RunUnprotected | Next::BeginAgain | Next::Wait => Start::Work(Box::pin(run(exchange))),
+    }
+}
+
+/// From a look at the store to the answer. Once it is polled it must run to its end.
+///
+/// Not an `async fn`, which would hold its argument twice. What runs is boxed apart: others need not carry its size.
+pub(crate) fn run<S, B, R>(mut exchange: Exchange<S>) -> impl Future<Output = Step<S, R, S::Error>>
 where
     S: Service<Request<B>, Response = Response<R>> + Clone,
     B: RequestBody,
     R: Body,
 {
-    loop {
-        let begin = match begin(&exchange.shared, &exchange.id, &exchange.claim).await {
-            Ok(begin) => begin,
-            Err(error) if exchange.may_run_without_store(&error) => {
-                exchange.shared.tally.unprotected.add();
-                return Step::Done(exchange.run_unprotected().await);
-            }
-            Err(error) => return Step::Done(Ok(exchange.refuse(unusable_store(&error)))),
-        };
-        let comparison = exchange.compare(&begin);
-        let policy = &exchange.shared.policy;
-        match decide(begin, comparison, policy.guarantee, policy.concurrent) {
-            Decision::Run(lease) => return Step::Done(exchange.run_under(lease).await),
-            Decision::TakeOver(fence) => exchange.claim.takeover = Some(fence),
-            Decision::Replay(stored) => return Step::Done(Ok(exchange.replay(&stored))),
-            Decision::Refuse(rejection) => return Step::Done(Ok(exchange.refuse(rejection))),
-            Decision::Wait(longest) => match exchange.prepare_to_wait(longest) {
-                // The record may have changed before anybody listened: look again.
-                Next::LookAgain => {}
+    async move {
+        loop {
+            let begin = begin(&exchange.shared, &exchange.id, &exchange.claim).await;
+            match exchange.next(begin) {
+                Next::Reply(response) => return Step::Done(Ok(response)),
+                Next::Run(lease) => return Box::pin(exchange.run_under(lease)).await,
+                Next::RunUnprotected => return Step::Done(Box::pin(exchange.run_unprotected()).await),
+                Next::BeginAgain => {}
                 Next::Wait => return Step::Wait(Box::new(exchange)),
-                Next::GiveUp => return Step::Done(Ok(exchange.refuse(Rejection::new(RejectionKind::InProgress)))),
+            }
+        }
+    }
+}
+
+impl<S: Clone> Exchange<S> {
+    /// decide → run | replay | refuse
+    fn next<R: Body>(&mut self, begin: Result<Begin, StoreError>) -> Next<R> {
+        let begin = match begin {
+            Ok(begin) => begin,
+            Err(error) if self.may_run_without_store(&error) => return Next::RunUnprotected,
+            Err(error) => return Next::Reply(self.refuse(unusable_store(&error))),
+        };
+        let comparison = self.compare(&begin);
+        let policy = &self.shared.policy;
+        match decide(begin, comparison, policy.guarantee, policy.concurrent) {
+            Decision::Run(lease) => Next::Run(lease),
+            Decision::Replay(stored) => Next::Reply(self.replay(&stored)),
+            Decision::Refuse(rejection) => Next::Reply(self.refuse(rejection)),
+            Decision::TakeOver(fence) => {
+                self.claim.takeover = Some(fence);
+                Next::BeginAgain
+            }
+            Decision::Wait(longest) => match self.prepare_to_wait(longest) {
+                // The record may have changed before anybody listened.
+                Prepared::LookAgain => Next::BeginAgain,
+                Prepared::Wait => Next::Wait,
+                Prepared::NoPlaceOrTime => Next::Reply(self.refuse(Rejection::new(RejectionKind::InProgress))),
             },
         }
     }
@@ -176,150 +225,6 @@ fn unusable_store(error: &StoreError) -> Rejection {
         StoreErrorKind::NewerVersion => RejectionKind::RecordFromNewerVersion,
         StoreErrorKind::Unavailable | StoreErrorKind::Fenced | StoreErrorKind::Other => RejectionKind::StoreUnavailable,
     })
-}
-
-// ---- run → complete → reply
-
-/// What the service answered, and what is to be remembered of it.
-enum Ran<R: Body, E> {
-    /// The service could not take the request.
-    NotReady(E),
-    /// A status by which it says that it did not execute.
-    NotExecuted(response::Parts, R),
-    Whole(response::Parts, BufferedBody),
-    Stream(response::Parts, R),
-    OverLimit(response::Parts, Resumed<R>),
-    Broken(response::Parts, Resumed<R>),
-}
-
-impl<S> Exchange<S> {
-    async fn run_under<B, R>(self, lease: Lease) -> Result<Response<ResponseBody<R>>, S::Error>
-    where
-        S: Service<Request<B>, Response = Response<R>>,
-        B: RequestBody,
-        R: Body,
-    {
-        let Self {
-            shared,
-            service,
-            mut parts,
-            body,
-            key,
-            id,
-            wait,
-            ..
-        } = self;
-        // Its place is for those who wait.
-        drop(wait);
-        let guard = Guard::new(Arc::clone(&shared), lease);
-        shared.tally.executed.add();
-        if lease.fence > 1 {
-            shared.tally.taken_over.add();
-            tracing::warn!(record = %id, fence = lease.fence, "a lost attempt is taken over");
-        }
-        parts.extensions.insert(Attempt::new(key, lease.fence));
-        let request = Request::from_parts(parts, B::from_buffered(body));
-        let ran = guard.hold(catch_panic(call(service, request, &shared))).await;
-        let unknown = Outcome::Unknown;
-        match ran {
-            Err(panic) => {
-                guard.settle(unknown).await;
-                resume_unwind(panic)
-            }
-            Ok(Err(error)) => {
-                guard.settle(unknown).await;
-                Err(error)
-            }
-            Ok(Ok(Ran::NotReady(error))) => {
-                guard.settle(Outcome::NotExecuted).await;
-                Err(error)
-            }
-            Ok(Ok(Ran::NotExecuted(parts, body))) => {
-                guard.settle(Outcome::NotExecuted).await;
-                Ok(Response::from_parts(parts, ResponseBody::passed(body)))
-            }
-            Ok(Ok(Ran::Whole(parts, body))) => {
-                guard.settle(Outcome::Completed(shared.write_down(&parts, &body))).await;
-                Ok(Response::from_parts(parts, ResponseBody::buffered(body)))
-            }
-            Ok(Ok(Ran::Stream(parts, body))) => {
-                guard.settle(not_kept(&parts)).await;
-                Ok(Response::from_parts(parts, ResponseBody::passed(body)))
-            }
-            Ok(Ok(Ran::OverLimit(parts, body))) => {
-                guard.settle(not_kept(&parts)).await;
-                Ok(Response::from_parts(parts, ResponseBody::resumed(body)))
-            }
-            Ok(Ok(Ran::Broken(parts, body))) => {
-                guard.settle(unknown).await;
-                Ok(Response::from_parts(parts, ResponseBody::resumed(body)))
-            }
-        }
-    }
-
-    async fn run_unprotected<B, R>(mut self) -> Result<Response<ResponseBody<R>>, S::Error>
-    where
-        S: Service<Request<B>, Response = Response<R>>,
-        B: RequestBody,
-        R: Body,
-    {
-        let request = Request::from_parts(self.parts, B::from_buffered(self.body));
-        ready(&mut self.service).await?;
-        let response = self.service.call(request).await?;
-        Ok(response.map(ResponseBody::passed))
-    }
-}
-
-async fn call<S, B, R>(mut service: S, request: Request<B>, shared: &Shared) -> Result<Ran<R, S::Error>, S::Error>
-where
-    S: Service<Request<B>, Response = Response<R>>,
-    R: Body,
-{
-    if let Err(error) = ready(&mut service).await {
-        return Ok(Ran::NotReady(error));
-    }
-    let policy = &shared.policy;
-    let (parts, body) = service.call(request).await?.into_parts();
-    if !(policy.store_when)(grpc::http_status(&parts.headers).unwrap_or(parts.status)) {
-        return Ok(Ran::NotExecuted(parts, body));
-    }
-    if (policy.stream_when)(&parts) {
-        return Ok(Ran::Stream(parts, body));
-    }
-    Ok(match body::keep(body, policy.max_response_body).await {
-        Kept::Whole(body) => Ran::Whole(parts, body),
-        Kept::OverLimit(body) => Ran::OverLimit(parts, body),
-        Kept::Broken(body) => Ran::Broken(parts, body),
-    })
-}
-
-/// A service that was polled ready before says so again; one that gave its place back asks for another.
-async fn ready<S: Service<Q>, Q>(service: &mut S) -> Result<(), S::Error> {
-    poll_fn(|cx| service.poll_ready(cx)).await
-}
-
-/// A panic of the handler as a value, so that the store hears of it before it goes on.
-async fn catch_panic<F: Future>(work: F) -> std::thread::Result<F::Output> {
-    let mut work = pin!(work);
-    // Unwind safety: nothing looks at `work` after it panicked.
-    poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(cx))) {
-        Ok(Poll::Ready(output)) => Poll::Ready(Ok(output)),
-        Ok(Poll::Pending) => Poll::Pending,
-        Err(panic) => Poll::Ready(Err(panic)),
-    })
-    .await
-}
-
-fn not_kept(parts: &response::Parts) -> Outcome {
-    Outcome::Completed(StoredResponse::not_kept(parts.status))
-}
-
-impl Shared {
-    fn write_down(&self, parts: &response::Parts, body: &BufferedBody) -> StoredResponse {
-        let connection = named_by_connection(&parts.headers);
-        let keep = |name: &HeaderName| self.policy.keeps_header(name, &connection);
-        StoredResponse::encode(parts.status, &parts.headers, keep, body.data(), body.trailers())
-    }
 }
 
 // ---- replay | refuse

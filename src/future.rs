@@ -18,7 +18,7 @@ use tracing::{Instrument, Span};
 
 use crate::{
     body::{Collected, End, RequestBody, ResponseBody},
-    flow::{self, Exchange, Step},
+    flow::{self, Exchange, Start, Step},
     key::IdempotencyKey,
     rejection::{Rejection, RejectionKind},
     shared::Shared,
@@ -140,12 +140,16 @@ where
                         return Poll::Pending;
                     };
                     match reading.finish(std::mem::take(collected), end) {
-                        Ok(exchange) => State::Running {
-                            run: Detachable::new(Arc::clone(&exchange.shared), flow::run(exchange)),
-                        },
-                        Err(response) => State::Answered {
-                            response: Some(*response),
-                        },
+                        Err(response) => return Poll::Ready(Ok(*response)),
+                        Ok(exchange) => {
+                            let shared = Arc::clone(&exchange.shared);
+                            match flow::start(exchange) {
+                                Start::Replied(response) => return Poll::Ready(Ok(response)),
+                                Start::Work(work) => State::Running {
+                                    run: Detachable::new(shared, work),
+                                },
+                            }
+                        }
                     }
                 }
                 StateProj::Running { run } => match ready!(run.poll(cx)) {
@@ -157,7 +161,7 @@ where
                 StateProj::Waiting { wait } => {
                     let exchange = ready!(wait.as_mut().poll(cx));
                     State::Running {
-                        run: Detachable::new(Arc::clone(&exchange.shared), flow::run(*exchange)),
+                        run: Detachable::new(Arc::clone(&exchange.shared), Box::pin(flow::run(*exchange))),
                     }
                 }
             };
@@ -231,9 +235,9 @@ struct Detachable<T: 'static> {
 }
 
 impl<T: 'static> Detachable<T> {
-    fn new(shared: Arc<Shared>, work: impl Future<Output = T> + Send + 'static) -> Self {
+    fn new(shared: Arc<Shared>, work: Pin<Box<dyn Future<Output = T> + Send>>) -> Self {
         Self {
-            work: Some(Box::pin(work)),
+            work: Some(work),
             home: None,
             shared,
         }

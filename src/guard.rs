@@ -2,7 +2,7 @@
 
 use std::{
     future::{Future, poll_fn},
-    pin::{Pin, pin},
+    pin::Pin,
     sync::Arc,
     task::Poll,
     time::Duration,
@@ -16,6 +16,7 @@ use tokio::{
 use crate::{
     codec::StoredResponse,
     error::{StoreError, StoreErrorKind},
+    policy::Policy,
     random,
     record::Lease,
     shared::Shared,
@@ -46,6 +47,11 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 impl Guard {
     pub(crate) fn new(shared: Arc<Shared>, lease: Lease) -> Self {
+        shared.tally.executed.add();
+        if lease.fence > 1 {
+            shared.tally.taken_over.add();
+            tracing::warn!(record = %lease.id, fence = lease.fence, "a lost attempt is taken over");
+        }
         Self {
             shared,
             lease,
@@ -53,13 +59,16 @@ impl Guard {
         }
     }
 
+    pub(crate) fn policy(&self) -> &Policy {
+        &self.shared.policy
+    }
+
     /// Runs `work` to its end and renews the lease meanwhile. Work that is ready at once costs no timer.
-    pub(crate) async fn hold<F: Future>(&self, work: F) -> F::Output {
-        let mut work = pin!(work);
+    pub(crate) async fn hold<F: Future + Unpin>(&self, mut work: F) -> F::Output {
         let mut renewals: Option<Pin<Box<dyn Future<Output = ()> + Send + '_>>> = None;
         let mut renewing = true;
         poll_fn(|cx| {
-            if let Poll::Ready(output) = work.as_mut().poll(cx) {
+            if let Poll::Ready(output) = Pin::new(&mut work).poll(cx) {
                 return Poll::Ready(output);
             }
             if renewing {

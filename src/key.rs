@@ -137,15 +137,17 @@ impl KeySource {
     pub(crate) fn find(&self, parts: &Parts, rules: &KeyRules) -> Result<Option<IdempotencyKey>, Rejection> {
         match &self.0 {
             Source::Headers(names) => {
-                // A request without a key is the common one on many routers: leave at once.
-                let Some(name) = names.iter().find(|name| parts.headers.contains_key(*name)) else {
-                    return Ok(None);
-                };
-                let mut lines = parts.headers.get_all(name).iter();
-                let (Some(value), None) = (lines.next(), lines.next()) else {
-                    return Err(rules.invalid(format!("the header `{name}` was sent more than once")));
-                };
-                rules.parse_header(name, value).map(Some)
+                for name in names.iter() {
+                    let mut lines = parts.headers.get_all(name).iter();
+                    return match (lines.next(), lines.next()) {
+                        (None, _) => continue,
+                        (Some(value), None) => rules.parse_header(name, value).map(Some),
+                        (Some(_), Some(_)) => {
+                            Err(rules.invalid(format!("the header `{name}` was sent more than once")))
+                        }
+                    };
+                }
+                Ok(None)
             }
             Source::Parts(key) => match key(parts) {
                 None => Ok(None),

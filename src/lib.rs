@@ -2,6 +2,7 @@
 #![doc = include_str!("../README.md")]
 #![warn(unreachable_pub)]
 
+mod attempt;
 mod body;
 mod codec;
 mod decide;

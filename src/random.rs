@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-const BATCH: usize = 512;
+const BATCH: usize = 4096;
 
 thread_local! {
     static POOL: RefCell<Pool> = const { RefCell::new(Pool { bytes: [0; BATCH], used: BATCH }) };

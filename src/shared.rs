@@ -2,7 +2,7 @@
 
 use std::{
     future::{Future, poll_fn},
-    pin::pin,
+    pin::Pin,
     sync::Arc,
     task::Poll,
 };
@@ -18,7 +18,7 @@ use crate::{
     observe::Tally,
     policy::Policy,
     rejection::Rejection,
-    store::DynStore,
+    store::{Call, DynStore},
     wait::Waiting,
 };
 
@@ -49,22 +49,26 @@ impl Shared {
     }
 
     /// A call to the store, with a deadline. One that is answered at once costs no timer.
-    pub(crate) async fn call<T>(&self, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-        let mut call = pin!(call);
-        let now = poll_fn(|cx| Poll::Ready(call.as_mut().poll(cx))).await;
+    pub(crate) async fn call<T: Unpin>(&self, mut call: Call<'_, T>) -> Result<T, StoreError> {
+        let now = poll_fn(|cx| Poll::Ready(Pin::new(&mut call).poll(cx))).await;
         let result = match now {
             Poll::Ready(result) => result,
-            Poll::Pending => match timeout(self.policy.store_timeout, call).await {
+            // Boxed: a timer is large, and whoever is answered at once would carry it about.
+            Poll::Pending => match Box::pin(timeout(self.policy.store_timeout, call)).await {
                 Ok(result) => result,
                 Err(elapsed) => Err(StoreError::with_source(StoreErrorKind::Unavailable, elapsed)),
             },
         };
-        if let Err(error) = &result {
+        self.noted(result)
+    }
+
+    /// Counts what failed.
+    pub(crate) fn noted<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        result.inspect_err(|error| {
             if error.kind() != StoreErrorKind::Fenced {
                 self.tally.store_errors.add();
             }
-        }
-        result
+        })
     }
 
     pub(crate) fn refuse<R: Body>(&self, rejection: Rejection, parts: &request::Parts) -> Response<ResponseBody<R>> {

@@ -65,11 +65,11 @@ pub(crate) struct Wait {
     changed: Changed,
 }
 
-/// What a request does that would have to wait.
-pub(crate) enum Next {
+/// Whether a request can wait.
+pub(crate) enum Prepared {
     LookAgain,
     Wait,
-    GiveUp,
+    NoPlaceOrTime,
 }
 
 /// A waiter looks at the record this often although it heard of no change: hints may be lost between nodes.
@@ -77,23 +77,27 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 impl<S: Clone> Exchange<S> {
     /// Takes a place and listens, before the record is read once more; then waits with that.
-    pub(crate) fn prepare_to_wait(&mut self, longest: Duration) -> Next {
+    pub(crate) fn prepare_to_wait(&mut self, longest: Duration) -> Prepared {
         let now = Instant::now();
         if let Some(wait) = &mut self.wait {
             wait.look_again_in = longest.min(LOOK_AGAIN).min(wait.until.saturating_duration_since(now));
-            return if now < wait.until { Next::Wait } else { Next::GiveUp };
+            return if now < wait.until {
+                Prepared::Wait
+            } else {
+                Prepared::NoPlaceOrTime
+            };
         }
         let policy = &self.shared.policy;
         let Concurrent::Wait(limit) = policy.concurrent else {
-            return Next::GiveUp;
+            return Prepared::NoPlaceOrTime;
         };
         let Some(place) = self.shared.waiting.enter(self.id, policy.max_waiters) else {
-            return Next::GiveUp;
+            return Prepared::NoPlaceOrTime;
         };
         self.shared.tally.waited.add();
         // Others may run meanwhile in the place below that it reserved; it asks for one when it runs itself.
         self.service = self.service.clone();
-        self.wait = Some(Wait {
+        self.wait = Some(Box::new(Wait {
             _place: place,
             // A wait that no clock can count has no end of its own; the lease's looks go on.
             until: now
@@ -101,8 +105,8 @@ impl<S: Clone> Exchange<S> {
                 .unwrap_or(now + Duration::from_secs(365 * 24 * 60 * 60)),
             look_again_in: Duration::ZERO,
             changed: listen(&self.shared, self.id),
-        });
-        Next::LookAgain
+        }));
+        Prepared::LookAgain
     }
 }
 

@@ -1,8 +1,16 @@
 //! A store without its type: what a layer holds.
 
-use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    any::Any,
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
-use super::Store;
+use super::{MemoryStore, Store};
 use crate::{
     codec::StoredResponse,
     error::StoreError,
@@ -11,45 +19,101 @@ use crate::{
 
 type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// [`Store`] in a form that can stand behind a pointer; every store has it.
+/// A call to a store: its result where it was there at once, so that a store in memory costs no box.
+pub(crate) enum Call<'a, T> {
+    Answered(Option<Result<T, StoreError>>),
+    Pending(Boxed<'a, Result<T, StoreError>>),
+}
+
+impl<'a, T> Call<'a, T> {
+    fn answered(result: Result<T, StoreError>) -> Self {
+        Self::Answered(Some(result))
+    }
+
+    fn pending(call: impl Future<Output = Result<T, StoreError>> + Send + 'a) -> Self {
+        Self::Pending(Box::pin(call))
+    }
+}
+
+impl<T: Unpin> Future for Call<'_, T> {
+    type Output = Result<T, StoreError>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.get_mut() {
+            Self::Answered(result) => result.take().map_or(Poll::Pending, Poll::Ready),
+            Self::Pending(call) => call.as_mut().poll(cx),
+        }
+    }
+}
+
+/// [`Store`] in a form that can stand behind a pointer.
 pub(crate) trait DynStore: Send + Sync {
-    fn begin<'a>(&'a self, id: &'a RecordId, claim: &'a Claim) -> Boxed<'a, Result<Begin, StoreError>>;
-    fn complete<'a>(
-        &'a self,
-        lease: &'a Lease,
-        response: &'a StoredResponse,
-        retention: Retention,
-    ) -> Boxed<'a, Result<(), StoreError>>;
-    fn renew<'a>(&'a self, lease: &'a Lease, length: Duration) -> Boxed<'a, Result<(), StoreError>>;
-    fn release<'a>(&'a self, lease: &'a Lease) -> Boxed<'a, Result<(), StoreError>>;
-    fn abandon<'a>(&'a self, lease: &'a Lease) -> Boxed<'a, Result<(), StoreError>>;
+    fn begin<'a>(&'a self, id: &'a RecordId, claim: &'a Claim) -> Call<'a, Begin>;
+    /// `None` if the store has to be waited for; then nothing was begun.
+    fn begin_at_once(&self, id: &RecordId, claim: &Claim) -> Option<Result<Begin, StoreError>>;
+    fn complete<'a>(&'a self, lease: &'a Lease, response: &'a StoredResponse, retention: Retention) -> Call<'a, ()>;
+    fn renew<'a>(&'a self, lease: &'a Lease, length: Duration) -> Call<'a, ()>;
+    fn release<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()>;
+    fn abandon<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()>;
     fn changed<'a>(&'a self, id: &'a RecordId) -> Boxed<'a, ()>;
 }
 
-impl<S: Store> DynStore for S {
-    fn begin<'a>(&'a self, id: &'a RecordId, claim: &'a Claim) -> Boxed<'a, Result<Begin, StoreError>> {
-        Box::pin(Store::begin(self, id, claim))
+/// Any store, its futures boxed.
+struct Erased<S>(S);
+
+impl<S: Store> DynStore for Erased<S> {
+    fn begin<'a>(&'a self, id: &'a RecordId, claim: &'a Claim) -> Call<'a, Begin> {
+        Call::pending(self.0.begin(id, claim))
     }
 
-    fn complete<'a>(
-        &'a self,
-        lease: &'a Lease,
-        response: &'a StoredResponse,
-        retention: Retention,
-    ) -> Boxed<'a, Result<(), StoreError>> {
-        Box::pin(Store::complete(self, lease, response, retention))
+    fn begin_at_once(&self, _: &RecordId, _: &Claim) -> Option<Result<Begin, StoreError>> {
+        None
     }
 
-    fn renew<'a>(&'a self, lease: &'a Lease, length: Duration) -> Boxed<'a, Result<(), StoreError>> {
-        Box::pin(Store::renew(self, lease, length))
+    fn complete<'a>(&'a self, lease: &'a Lease, response: &'a StoredResponse, retention: Retention) -> Call<'a, ()> {
+        Call::pending(self.0.complete(lease, response, retention))
     }
 
-    fn release<'a>(&'a self, lease: &'a Lease) -> Boxed<'a, Result<(), StoreError>> {
-        Box::pin(Store::release(self, lease))
+    fn renew<'a>(&'a self, lease: &'a Lease, length: Duration) -> Call<'a, ()> {
+        Call::pending(self.0.renew(lease, length))
     }
 
-    fn abandon<'a>(&'a self, lease: &'a Lease) -> Boxed<'a, Result<(), StoreError>> {
-        Box::pin(Store::abandon(self, lease))
+    fn release<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()> {
+        Call::pending(self.0.release(lease))
+    }
+
+    fn abandon<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()> {
+        Call::pending(self.0.abandon(lease))
+    }
+
+    fn changed<'a>(&'a self, id: &'a RecordId) -> Boxed<'a, ()> {
+        Box::pin(self.0.changed(id))
+    }
+}
+
+impl DynStore for MemoryStore {
+    fn begin<'a>(&'a self, id: &'a RecordId, claim: &'a Claim) -> Call<'a, Begin> {
+        Call::answered(self.begin_now(id, claim))
+    }
+
+    fn begin_at_once(&self, id: &RecordId, claim: &Claim) -> Option<Result<Begin, StoreError>> {
+        Some(self.begin_now(id, claim))
+    }
+
+    fn complete<'a>(&'a self, lease: &'a Lease, response: &'a StoredResponse, retention: Retention) -> Call<'a, ()> {
+        Call::answered(self.complete_now(lease, response, retention))
+    }
+
+    fn renew<'a>(&'a self, lease: &'a Lease, length: Duration) -> Call<'a, ()> {
+        Call::answered(self.renew_now(lease, length))
+    }
+
+    fn release<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()> {
+        Call::answered(self.release_now(lease))
+    }
+
+    fn abandon<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()> {
+        Call::answered(self.abandon_now(lease))
     }
 
     fn changed<'a>(&'a self, id: &'a RecordId) -> Boxed<'a, ()> {
@@ -72,8 +136,15 @@ pub struct AnyStore(Arc<dyn DynStore>);
 
 impl AnyStore {
     /// Forgets the type of a store.
-    pub fn new(store: impl Store) -> Self {
-        Self(Arc::new(store))
+    pub fn new<S: Store>(store: S) -> Self {
+        let any: &dyn Any = &store;
+        if let Some(memory) = any.downcast_ref::<MemoryStore>() {
+            return Self(Arc::new(memory.clone()));
+        }
+        if let Some(already) = any.downcast_ref::<Self>() {
+            return already.clone();
+        }
+        Self(Arc::new(Erased(store)))
     }
 
     pub(crate) fn into_inner(self) -> Arc<dyn DynStore> {

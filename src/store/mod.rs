@@ -5,7 +5,7 @@ mod memory;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-pub(crate) use self::any::DynStore;
+pub(crate) use self::any::{Call, DynStore};
 pub use self::{
     any::AnyStore,
     memory::{MemoryStore, MemoryStoreBuilder},

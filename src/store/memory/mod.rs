@@ -170,8 +170,9 @@ impl fmt::Debug for MemoryStore {
     }
 }
 
-impl Store for MemoryStore {
-    async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
+/// Every step is done when it returns: nothing is awaited.
+impl MemoryStore {
+    pub(crate) fn begin_now(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         let now = self.now();
         let budget = &self.inner.budget;
         // The guard ends with the statement: the sweep below takes every lock in turn.
@@ -184,7 +185,12 @@ impl Store for MemoryStore {
         })
     }
 
-    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
+    pub(crate) fn complete_now(
+        &self,
+        lease: &Lease,
+        response: &StoredResponse,
+        retention: Retention,
+    ) -> Result<(), StoreError> {
         let now = self.now();
         let keep = retention_nanos(retention);
         let listeners = self
@@ -196,12 +202,12 @@ impl Store for MemoryStore {
         Ok(())
     }
 
-    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+    pub(crate) fn renew_now(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
         let now = self.now();
         self.shard(&lease.id).renew(lease, nanos(length), now)
     }
 
-    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+    pub(crate) fn release_now(&self, lease: &Lease) -> Result<(), StoreError> {
         let now = self.now();
         let listeners = self.shard(&lease.id).release(lease, now, &self.inner.budget)?;
         if let Some(listeners) = listeners {
@@ -211,13 +217,35 @@ impl Store for MemoryStore {
         Ok(())
     }
 
-    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+    pub(crate) fn abandon_now(&self, lease: &Lease) -> Result<(), StoreError> {
         let now = self.now();
         let listeners = self.shard(&lease.id).abandon(lease, now)?;
         if let Some(listeners) = listeners {
             listeners.notify_waiters();
         }
         Ok(())
+    }
+}
+
+impl Store for MemoryStore {
+    async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
+        self.begin_now(id, claim)
+    }
+
+    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
+        self.complete_now(lease, response, retention)
+    }
+
+    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+        self.renew_now(lease, length)
+    }
+
+    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.release_now(lease)
+    }
+
+    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.abandon_now(lease)
     }
 
     async fn changed(&self, id: &RecordId) {
