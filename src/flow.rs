@@ -128,7 +128,8 @@ where
 
 /// From a look at the store to the answer. Once it is polled it must run to its end.
 ///
-/// Not an `async fn`, which would hold its argument twice. What runs is boxed apart: others need not carry its size.
+/// What runs is boxed apart: others need not carry its size.
+#[allow(clippy::manual_async_fn, reason = "an async fn holds its arguments twice")]
 pub(crate) fn run<S, B, R>(mut exchange: Exchange<S>) -> impl Future<Output = Step<S, R, S::Error>>
 where
     S: Service<Request<B>, Response = Response<R>> + Clone,
