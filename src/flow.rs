@@ -118,12 +118,16 @@ where
             Decision::TakeOver(fence) => exchange.claim.takeover = Some(fence),
             Decision::Replay(stored) => return Step::Done(Ok(exchange.replay(&stored))),
             Decision::Refuse(rejection) => return Step::Done(Ok(exchange.refuse(rejection))),
-            Decision::Wait(longest) => match exchange.prepare_to_wait(longest) {
-                // The record may have changed before anybody listened: look again.
-                Next::LookAgain => {}
-                Next::Wait => return Step::Wait(Box::new(exchange)),
-                Next::GiveUp => return Step::Done(Ok(exchange.refuse(Rejection::new(RejectionKind::InProgress)))),
-            },
+            Decision::Wait(longest) => {
+                // Somebody else took it over. The same fence may be another operation's when the wait is over.
+                exchange.claim.takeover = None;
+                match exchange.prepare_to_wait(longest) {
+                    // The record may have changed before anybody listened: look again.
+                    Next::LookAgain => {}
+                    Next::Wait => return Step::Wait(Box::new(exchange)),
+                    Next::GiveUp => return Step::Done(Ok(exchange.refuse(Rejection::new(RejectionKind::InProgress)))),
+                }
+            }
         }
     }
 }
