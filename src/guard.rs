@@ -173,6 +173,10 @@ pub(crate) fn settle_later(shared: &Arc<Shared>, lease: Lease, outcome: Outcome)
                 Ok(()) => return,
                 Err(error) if error.is_retryable() && give_up.is_none_or(|give_up| Instant::now() < give_up) => {}
                 // The earlier try was applied after all, or the attempt was taken over; it is over either way.
+                Err(error) if error.kind() == StoreErrorKind::Fenced => {
+                    tracing::debug!(record = %lease.id, "an attempt that was to be ended has ended already");
+                    return;
+                }
                 Err(error) => return report(&shared, &lease, &error),
             }
             pause = (pause * 2).min(LONGEST_PAUSE);
