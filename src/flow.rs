@@ -213,9 +213,9 @@ impl<S> Exchange<S> {
             wait,
             ..
         } = self;
+        let guard = Guard::new(Arc::clone(&shared), lease);
         // Its place is for those who wait.
         drop(wait);
-        let guard = Guard::new(Arc::clone(&shared), lease);
         shared.tally.executed.add();
         if lease.fence > 1 {
             shared.tally.taken_over.add();
