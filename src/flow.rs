@@ -225,6 +225,11 @@ impl<S> Exchange<S> {
         let request = Request::from_parts(parts, B::from_buffered(body));
         let ran = guard.hold(catch_panic(call(service, request, &shared))).await;
         let unknown = Outcome::Unknown;
+        // Of an operation whose earlier attempt was lost, this attempt alone says that it did not execute.
+        let not_executed = match lease.fence {
+            ..=1 => Outcome::NotExecuted,
+            _ => Outcome::Unknown,
+        };
         match ran {
             Err(panic) => {
                 guard.settle(unknown).await;
@@ -235,11 +240,11 @@ impl<S> Exchange<S> {
                 Err(error)
             }
             Ok(Ok(Ran::NotReady(error))) => {
-                guard.settle(Outcome::NotExecuted).await;
+                guard.settle(not_executed).await;
                 Err(error)
             }
             Ok(Ok(Ran::NotExecuted(parts, body))) => {
-                guard.settle(Outcome::NotExecuted).await;
+                guard.settle(not_executed).await;
                 Ok(Response::from_parts(parts, ResponseBody::passed(body)))
             }
             Ok(Ok(Ran::Whole(parts, body))) => {
