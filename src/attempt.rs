@@ -64,7 +64,7 @@ impl<S> Exchange<S> {
             let policy = guard.policy();
             let (outcome, reply) = {
                 let call = pin!(call(service, request, policy));
-                judge(guard.hold(catch_panic(call)).await, policy)
+                judge(guard.hold(catch_panic(call)).await, lease, policy)
             };
             guard.settle(outcome).await;
             Step::Done(reply.unwrap_or_else(|panic| resume_unwind(panic)))
@@ -114,13 +114,19 @@ where
 }
 
 /// What the store is told, and what the caller gets.
-fn judge<R: Body, E>(ran: thread::Result<Ran<R, E>>, policy: &Policy) -> (Outcome, Reply<R, E>) {
+fn judge<R: Body, E>(ran: thread::Result<Ran<R, E>>, lease: Lease, policy: &Policy) -> (Outcome, Reply<R, E>) {
+    // Of an operation whose earlier attempt was lost, this attempt can say for itself alone that it did not execute.
+    let not_executed = if lease.fence == 1 {
+        Outcome::NotExecuted
+    } else {
+        Outcome::Unknown
+    };
     let answer = |parts, body| Ok(Ok(Response::from_parts(parts, body)));
     match ran {
         Err(panic) => (Outcome::Unknown, Err(panic)),
         Ok(Ran::Failed(error)) => (Outcome::Unknown, Ok(Err(error))),
-        Ok(Ran::NotReady(error)) => (Outcome::NotExecuted, Ok(Err(error))),
-        Ok(Ran::NotExecuted(parts, body)) => (Outcome::NotExecuted, answer(parts, ResponseBody::passed(body))),
+        Ok(Ran::NotReady(error)) => (not_executed, Ok(Err(error))),
+        Ok(Ran::NotExecuted(parts, body)) => (not_executed, answer(parts, ResponseBody::passed(body))),
         Ok(Ran::Whole(parts, body)) => (
             write_down(&parts, &body, policy),
             answer(parts, ResponseBody::buffered(body)),

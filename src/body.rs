@@ -203,9 +203,11 @@ pub(crate) async fn keep<B: Body>(body: B, limit: usize) -> Kept<B> {
         // It says that it fits, so it need not be given back and can stay where it is.
         Some(size) if size <= limit as u64 => {
             let mut body = pin!(body);
-            match std::future::poll_fn(|cx| collected.poll_from(body.as_mut(), usize::MAX, cx)).await {
+            match std::future::poll_fn(|cx| collected.poll_from(body.as_mut(), limit, cx)).await {
+                End::Whole if collected.len() as u64 == size => Kept::Whole(collected.into_body()),
                 End::Broken(error) => Kept::Broken(Resumed::new(collected, Some(error), None)),
-                End::Whole | End::OverLimit => Kept::Whole(collected.into_body()),
+                // Shorter or longer than it said: it is not the answer that was meant.
+                End::Whole | End::OverLimit => Kept::Broken(Resumed::new(collected, None, None)),
             }
         }
         _ => {

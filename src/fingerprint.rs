@@ -6,6 +6,8 @@ use bytes::Bytes;
 use http::request::Parts;
 use sha2::{Digest, Sha256};
 
+use crate::scope::sent_uri;
+
 /// A hash of the request that began a record, with the id of the algorithm that made it.
 ///
 /// Headers are never part of the built-in fingerprints: signatures, nonces and dates change on a retry.
@@ -136,8 +138,7 @@ impl fmt::Debug for Fingerprinter {
 
 fn whole_request(parts: &Parts, body: &Bytes) -> [u8; 32] {
     let method = parts.method.as_str().as_bytes();
-    let target = parts
-        .uri
+    let target = sent_uri(parts)
         .path_and_query()
         .map_or("", |target| target.as_str())
         .as_bytes();

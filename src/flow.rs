@@ -168,12 +168,16 @@ impl<S: Clone> Exchange<S> {
                 self.claim.takeover = Some(fence);
                 Next::BeginAgain
             }
-            Decision::Wait(longest) => match self.prepare_to_wait(longest) {
-                // The record may have changed before anybody listened.
-                Prepared::LookAgain => Next::BeginAgain,
-                Prepared::Wait => Next::Wait,
-                Prepared::NoPlaceOrTime => Next::Reply(self.refuse(Rejection::new(RejectionKind::InProgress))),
-            },
+            Decision::Wait(longest) => {
+                // Somebody else took it over; what this request saw is no longer there.
+                self.claim.takeover = None;
+                match self.prepare_to_wait(longest) {
+                    // The record may have changed before anybody listened.
+                    Prepared::LookAgain => Next::BeginAgain,
+                    Prepared::Wait => Next::Wait,
+                    Prepared::NoPlaceOrTime => Next::Reply(self.refuse(Rejection::new(RejectionKind::InProgress))),
+                }
+            }
         }
     }
 }
@@ -187,8 +191,8 @@ async fn begin(shared: &Arc<Shared>, id: &RecordId, claim: &Claim) -> Result<Beg
     }
     // The first claim may have been applied and only its answer lost: the same owner gets its own lease back.
     let second = shared.call(shared.store.begin(id, claim)).await;
-    if second.as_ref().is_err_and(StoreError::is_retryable) {
-        // A claim that was applied all the same must not stay behind: nothing ran under it.
+    if second.is_err() {
+        // Whatever the second was told, the first may have been applied. It must not stay behind: nothing ran under it.
         let outcome = match claim.takeover {
             None => Outcome::NotExecuted,
             // The attempt that was to be taken over may have had its effect.

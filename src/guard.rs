@@ -173,14 +173,19 @@ pub(crate) fn settle_later(shared: &Arc<Shared>, lease: Lease, outcome: Outcome)
     let tasks = Arc::clone(&shared.tasks);
     tasks.spawn(&runtime, async move {
         let _permit = permit;
-        let give_up = Instant::now() + shared.policy.lease;
+        // None: a lease that no clock can count is never over.
+        let give_up = Instant::now().checked_add(shared.policy.lease);
         let mut pause = FIRST_PAUSE;
         loop {
             sleep(pause + Duration::from_millis(random::below(pause.as_millis() as u64))).await;
             match apply(&shared, &lease, &outcome).await {
                 Ok(()) => return,
-                Err(error) if error.is_retryable() && Instant::now() < give_up => {}
+                Err(error) if error.is_retryable() && give_up.is_none_or(|give_up| Instant::now() < give_up) => {}
                 // The earlier try was applied after all, or the attempt was taken over; it is over either way.
+                Err(error) if error.kind() == StoreErrorKind::Fenced => {
+                    tracing::debug!(record = %lease.id, "an attempt that was to be ended has ended already");
+                    return;
+                }
                 Err(error) => return report(&shared, &lease, &error),
             }
             pause = (pause * 2).min(LONGEST_PAUSE);

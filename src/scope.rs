@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Once},
 };
 
-use http::{header, request::Parts};
+use http::{Uri, header, request::Parts};
 use sha2::{Digest, Sha256};
 
 use crate::{key::IdempotencyKey, record::RecordId};
@@ -182,13 +182,27 @@ impl IdHasher {
 fn route(parts: &Parts) -> &str {
     match parts.extensions.get::<axum::extract::MatchedPath>() {
         Some(matched) => matched.as_str(),
-        None => parts.uri.path(),
+        None => sent_uri(parts).path(),
     }
 }
 
 #[cfg(not(feature = "axum"))]
 fn route(parts: &Parts) -> &str {
-    parts.uri.path()
+    sent_uri(parts).path()
+}
+
+/// What the client asked for. A nested router strips its prefix, with the ids in it, before the request comes here.
+#[cfg(feature = "axum")]
+pub(crate) fn sent_uri(parts: &Parts) -> &Uri {
+    match parts.extensions.get::<axum::extract::OriginalUri>() {
+        Some(original) => &original.0,
+        None => &parts.uri,
+    }
+}
+
+#[cfg(not(feature = "axum"))]
+pub(crate) fn sent_uri(parts: &Parts) -> &Uri {
+    &parts.uri
 }
 
 /// The default scope is safe between tenants that authenticate by the `Authorization` header; say once where it may not be what is wanted.

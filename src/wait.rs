@@ -75,6 +75,9 @@ pub(crate) enum Prepared {
 /// A waiter looks at the record this often although it heard of no change: hints may be lost between nodes.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
+/// And no more often than this where the store's hints come for nothing.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
+
 impl<S: Clone> Exchange<S> {
     /// Takes a place and listens, before the record is read once more; then waits with that.
     pub(crate) fn prepare_to_wait(&mut self, longest: Duration) -> Prepared {
@@ -137,7 +140,8 @@ fn listen(shared: &Shared, id: RecordId) -> Changed {
     // The first poll registers; whoever waits polls again with a waker of its own.
     match changed.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Pending => changed,
-        Poll::Ready(()) => Box::pin(std::future::ready(())),
+        // What changed before now is seen by the look that follows.
+        Poll::Ready(()) => Box::pin(sleep(SHORTEST_PAUSE)),
     }
 }
 

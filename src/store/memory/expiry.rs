@@ -9,8 +9,8 @@ use std::collections::VecDeque;
 use super::{NEVER, Time};
 use crate::record::RecordId;
 
-/// Distances that get a queue of their own: a few leases and retentions in practice. More of them share the
-/// queue of the next longer one, where a record may be removed late but never early.
+/// Distances that get a queue of their own at one time: a few leases and retentions in practice. More of them share the
+/// queue of the next longer one, or of the longest, where a record may be removed late but never early.
 const MAX_CLASSES: usize = 32;
 
 #[derive(Default)]
@@ -71,9 +71,16 @@ impl Expiry {
             });
             return self.classes.len() - 1;
         }
-        let longer = |class: &Class| class.distance.checked_sub(distance);
-        let next_longer = (0..self.classes.len()).min_by_key(|&index| longer(&self.classes[index]).unwrap_or(NEVER));
-        next_longer.unwrap_or_default()
+        if let Some(empty) = self.classes.iter().position(|class| class.queue.is_empty()) {
+            self.classes[empty].distance = distance;
+            return empty;
+        }
+        // Among the shorter ones, which come last, the longest is the least wrong.
+        let choice = |&index: &usize| match self.classes[index].distance {
+            longer if longer >= distance => (0, longer),
+            shorter => (1, NEVER - shorter),
+        };
+        (0..self.classes.len()).min_by_key(choice).unwrap_or_default()
     }
 
     /// Forgets a deadline. `moved` is told of every ticket that changes its number.

@@ -131,7 +131,7 @@ impl MemoryStore {
         lock(&self.inner.shards[index])
     }
 
-    /// Removes what has expired everywhere, for a claim that found no room.
+    /// Removes what has expired everywhere, for a claim or an answer that found no room.
     fn sweep(&self, now: Time) {
         for shard in &self.inner.shards {
             lock(shard).remove_expired(now, usize::MAX, &self.inner.budget);
@@ -193,9 +193,14 @@ impl MemoryStore {
     ) -> Result<(), StoreError> {
         let now = self.now();
         let keep = retention_nanos(retention);
-        let listeners = self
-            .shard(&lease.id)
-            .complete(lease, response, keep, now, &self.inner.budget)?;
+        let budget = &self.inner.budget;
+        // The guard ends with the statement, as in `begin`.
+        let mut listeners = self.shard(&lease.id).complete(lease, response, keep, now, budget);
+        if matches!(&listeners, Err(error) if error.kind() == StoreErrorKind::Full) {
+            self.sweep(now);
+            listeners = self.shard(&lease.id).complete(lease, response, keep, now, budget);
+        }
+        let listeners = listeners?;
         if let Some(listeners) = listeners {
             listeners.notify_waiters();
         }

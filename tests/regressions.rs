@@ -1,0 +1,398 @@
+//! Sentences of the contract that a review looked for and did not find tested.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use axum::{Router, body::Body, response::IntoResponse};
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use support::{
+    app::{Control, answering, call, gated, keyed, open, pay, spawn},
+    faulty::{Fault, FaultyStore, Op},
+};
+use tower_idempotency::{
+    Begin, Claim, Concurrent, Fingerprint, Guarantee, IdempotencyLayer, Lease, MemoryStore, Owner, RecordId, Retention,
+    Store, StoreError, StoreErrorKind, StoredResponse,
+};
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+// ---- nested routers
+
+fn to(path: &str) -> Request<Body> {
+    Request::post(path)
+        .header("idempotency-key", "k")
+        .body(Body::from("a"))
+        .unwrap()
+}
+
+/// A router to be nested, protected by itself: `POST /pay` answers with the number of the run.
+fn inner(control: &Control) -> Router {
+    pay(control, IdempotencyLayer::new(MemoryStore::new()))
+}
+
+#[tokio::test]
+async fn two_resources_of_a_nested_router_are_two_requests() {
+    let control = open();
+    let app = Router::new().nest("/accounts/{id}", inner(&control));
+    assert_eq!(call(&app, to("/accounts/1/pay")).await.status, StatusCode::CREATED);
+    let other = call(&app, to("/accounts/2/pay")).await;
+    assert!(!other.is_replay(), "account 2 got the answer of account 1: {other:?}");
+    assert_eq!(other.problem(), "idempotency-key-reused");
+}
+
+#[tokio::test]
+async fn two_nested_services_are_two_operations() {
+    let control = open();
+    let protected = inner(&control);
+    let app = Router::new()
+        .nest_service("/checkout", protected.clone())
+        .nest_service("/refunds", protected);
+    assert_eq!(call(&app, to("/checkout/pay")).await.status, StatusCode::CREATED);
+    let refund = call(&app, to("/refunds/pay")).await;
+    assert!(
+        !refund.is_replay(),
+        "the refund got the answer of the checkout: {refund:?}"
+    );
+    assert_eq!(control.runs(), 2);
+}
+
+#[tokio::test]
+async fn two_services_without_matched_routes_are_two_operations() {
+    let control = open();
+    let (run, layer) = (control.clone(), IdempotencyLayer::new(MemoryStore::new()));
+    let service = tower::service_fn(move |_: Request<Body>| {
+        let run = run.clone();
+        async move { Ok::<_, std::convert::Infallible>(run.pass().await.to_string().into_response()) }
+    });
+    let service = tower::Layer::layer(&layer, service);
+    let app = Router::new()
+        .nest_service("/checkout", service.clone())
+        .nest_service("/refunds", service);
+    assert_eq!(call(&app, to("/checkout/pay")).await.status, StatusCode::OK);
+    let refund = call(&app, to("/refunds/pay")).await;
+    assert!(
+        !refund.is_replay(),
+        "the refund got the answer of the checkout: {refund:?}"
+    );
+    assert_eq!(control.runs(), 2);
+}
+
+// ---- claims whose answers were lost
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_was_applied_does_not_stay_behind_whatever_its_repetition_was_told() {
+    for kind in [StoreErrorKind::Full, StoreErrorKind::Other, StoreErrorKind::Corrupt] {
+        let store = FaultyStore::default();
+        let layer = IdempotencyLayer::new(store.clone());
+        let control = open();
+        let app = pay(&control, layer.clone());
+        store.fail(Op::Begin, [Fault::AnswerLost, Fault::Error(kind)]);
+        assert!(call(&app, keyed("k", "a")).await.status.is_server_error());
+        layer.drain().finished().await;
+        let retry = call(&app, keyed("k", "a")).await;
+        assert_eq!(retry.status, StatusCode::CREATED, "{kind:?}: {retry:?}");
+        assert_eq!(control.runs(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_that_never_had_a_lease_did_not_lose_one() {
+    let store = FaultyStore::default();
+    let layer = IdempotencyLayer::new(store.clone());
+    let app = pay(&open(), layer.clone());
+    store.fail(Op::Begin, [Fault::Error(StoreErrorKind::Unavailable); 2]);
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "store-unavailable");
+    layer.drain().finished().await;
+    assert_eq!(layer.counters().executed, 0);
+    assert_eq!(
+        layer.counters().fenced,
+        0,
+        "nothing ran, so nothing lost its lease while it ran"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_completion_whose_answer_was_lost_is_not_counted_as_a_lost_lease() {
+    let store = FaultyStore::default();
+    let layer = IdempotencyLayer::new(store.clone());
+    let app = pay(&open(), layer.clone());
+    store.fail(Op::Complete, [Fault::AnswerLost]);
+    call(&app, keyed("k", "a")).await;
+    layer.drain().finished().await;
+    assert!(call(&app, keyed("k", "a")).await.is_replay());
+    assert_eq!(layer.counters().fenced, 0, "no other attempt took the lease");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outcome_is_told_later_however_long_the_lease_is() {
+    let store = FaultyStore::default();
+    let layer = IdempotencyLayer::new(store.clone()).lease(Duration::MAX);
+    let control = open();
+    let app = pay(&control, layer.clone());
+    store.fail(Op::Complete, [Fault::Error(StoreErrorKind::Unavailable)]);
+    assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::CREATED);
+    layer.drain().finished().await;
+    let retry = call(&app, keyed("k", "a")).await;
+    assert!(retry.is_replay(), "{retry:?}");
+}
+
+// ---- waiting
+
+/// A store whose hints come all the time, as the contract allows.
+#[derive(Clone, Default)]
+struct Restless {
+    memory: MemoryStore,
+    looks: Arc<AtomicUsize>,
+}
+
+impl Store for Restless {
+    async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
+        let looks = self.looks.fetch_add(1, SeqCst);
+        assert!(looks < 10_000, "a waiter spins");
+        self.memory.begin(id, claim).await
+    }
+    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
+        self.memory.complete(lease, response, retention).await
+    }
+    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+        self.memory.renew(lease, length).await
+    }
+    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.memory.release(lease).await
+    }
+    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.memory.abandon(lease).await
+    }
+    async fn changed(&self, _: &RecordId) {}
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_lets_others_run_although_its_hints_mean_nothing() {
+    let store = Restless::default();
+    let layer = IdempotencyLayer::new(store.clone()).on_concurrent(Concurrent::Wait(Duration::from_secs(5)));
+    let control = gated();
+    let app = pay(&control, layer.clone());
+    let first = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    let second = spawn(&app, keyed("k", "a"));
+    while layer.counters().waited == 0 {
+        tokio::task::yield_now().await;
+    }
+    control.let_go();
+    assert!(!first.await.unwrap().is_replay());
+    assert!(second.await.unwrap().is_replay());
+    assert_eq!(control.runs(), 1);
+}
+
+// ---- takeovers
+
+/// Lets a rival take the record over just before the first takeover that passes through it.
+#[derive(Clone, Default)]
+struct Overtaken {
+    memory: MemoryStore,
+    rival: Arc<Mutex<Option<Lease>>>,
+}
+
+fn claim(fingerprint: Fingerprint) -> Claim {
+    Claim::new(
+        fingerprint,
+        Owner::random().unwrap(),
+        Duration::from_secs(60),
+        Retention::For(HOUR),
+    )
+}
+
+async fn acquire(store: &MemoryStore, id: &RecordId, claim: &Claim) -> Lease {
+    match store.begin(id, claim).await.unwrap() {
+        Begin::Acquired(lease) => lease,
+        other => panic!("{other:?}"),
+    }
+}
+
+impl Store for Overtaken {
+    async fn begin(&self, id: &RecordId, mine: &Claim) -> Result<Begin, StoreError> {
+        let absent = self.rival.lock().unwrap().is_none();
+        if let (Some(fence), true) = (mine.takeover, absent) {
+            let lease = acquire(&self.memory, id, &claim(mine.fingerprint).taking_over(fence)).await;
+            *self.rival.lock().unwrap() = Some(lease);
+        }
+        self.memory.begin(id, mine).await
+    }
+    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
+        self.memory.complete(lease, response, retention).await
+    }
+    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+        self.memory.renew(lease, length).await
+    }
+    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.memory.release(lease).await
+    }
+    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.memory.abandon(lease).await
+    }
+    async fn changed(&self, id: &RecordId) {
+        self.memory.changed(id).await;
+    }
+}
+
+/// The first run panics, and every other answers as it is told.
+fn panics_then(
+    layer: IdempotencyLayer,
+    then: impl Fn(usize, u64) -> Response<Body> + Clone + Send + Sync + 'static,
+) -> (Control, Router) {
+    let control = open();
+    let app = answering(&control, layer, move |run, attempt, _: Bytes| {
+        assert!(run > 1, "the first run panics");
+        then(run, attempt)
+    });
+    (control, app)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_takeover_never_runs_under_a_key_that_belongs_to_another_request_by_now() {
+    let store = Overtaken::default();
+    let layer = IdempotencyLayer::new(store.clone())
+        .guarantee(Guarantee::AtLeastOnce)
+        .on_concurrent(Concurrent::Wait(Duration::from_secs(5)));
+    let (control, app) = panics_then(layer.clone(), |_, _| StatusCode::CREATED.into_response());
+    assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
+    let waiter = spawn(&app, keyed("k", "a"));
+    while layer.counters().waited == 0 {
+        tokio::task::yield_now().await;
+    }
+    let rival = store.rival.lock().unwrap().expect("it took the record over");
+    store.release(&rival).await.unwrap();
+    // The key is free, another request takes it, and its outcome is unknown.
+    let other = Fingerprint::new(1, [7; 32]);
+    let lease = acquire(&store.memory, &rival.id, &claim(other)).await;
+    store.abandon(&lease).await.unwrap();
+    let answer = waiter.await.unwrap();
+    assert_eq!(control.runs(), 1, "{answer:?}");
+    assert_eq!(answer.problem(), "idempotency-key-reused");
+}
+
+#[tokio::test]
+async fn the_fence_rises_with_every_attempt_even_if_one_says_that_it_did_not_execute() {
+    let layer = IdempotencyLayer::new(MemoryStore::new()).guarantee(Guarantee::AtLeastOnce);
+    let (_, app) = panics_then(layer, |run, attempt| match run {
+        2 => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+        _ => attempt.to_string().into_response(),
+    });
+    assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
+    assert_eq!(
+        call(&app, keyed("k", "a")).await.status,
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+    assert_eq!(call(&app, keyed("k", "a")).await.body, "3");
+}
+
+#[tokio::test]
+async fn a_lost_attempt_keeps_its_key_from_other_requests_even_if_the_next_did_not_execute() {
+    let layer = IdempotencyLayer::new(MemoryStore::new()).guarantee(Guarantee::AtLeastOnce);
+    let (control, app) = panics_then(layer, |run, _| match run {
+        2 => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+        _ => StatusCode::CREATED.into_response(),
+    });
+    assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
+    call(&app, keyed("k", "a")).await;
+    let other = call(&app, keyed("k", "another")).await;
+    assert_eq!(control.runs(), 2, "{other:?}");
+    assert_eq!(other.problem(), "idempotency-key-reused");
+}
+
+// ---- the memory store
+
+fn id(number: u64) -> RecordId {
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&number.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+    bytes[8..16].copy_from_slice(&number.to_le_bytes());
+    RecordId::from_bytes(bytes)
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_has_room_as_soon_as_another_one_expired_wherever_it_was() {
+    let control = open();
+    let store = MemoryStore::builder().max_bytes(40_000).build();
+    let layer = IdempotencyLayer::new(store.clone()).retention(HOUR);
+    let app = answering(&control, layer, |_, _, _| vec![b'x'; 10_000].into_response());
+    for key in ["1", "2", "3"] {
+        call(&app, keyed(key, "a")).await;
+        assert!(call(&app, keyed(key, "a")).await.is_replay());
+    }
+    // The three answers expired; nobody came by to remove them.
+    tokio::time::advance(2 * HOUR).await;
+    call(&app, keyed("4", "a")).await;
+    let again = call(&app, keyed("4", "a")).await;
+    assert!(again.is_replay(), "{again:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_expired_is_removed_however_many_durations_there_are() {
+    let store = MemoryStore::builder().max_records(1001).build();
+    let unknown = Fingerprint::new(1, [0; 32]);
+    for seconds in 1..=40 {
+        let claim = Claim::new(
+            unknown,
+            Owner::random().unwrap(),
+            Duration::from_secs(seconds),
+            Retention::For(HOUR),
+        );
+        let lease = acquire(&store, &id(0), &claim).await;
+        store.release(&lease).await.unwrap();
+    }
+    let answer = StoredResponse::not_kept(StatusCode::OK);
+    for number in 0..=1000 {
+        let lease = acquire(&store, &id(number), &claim(unknown)).await;
+        // The first is kept for much longer than any of the forty times.
+        let kept = if number == 0 {
+            1000 * HOUR
+        } else {
+            Duration::from_secs(1)
+        };
+        store.complete(&lease, &answer, Retention::For(kept)).await.unwrap();
+    }
+    tokio::time::advance(HOUR).await;
+    // Beside the one that is kept there is room for a thousand, if all the others can be removed.
+    for number in 5001..=6000 {
+        acquire(&store, &id(number), &claim(unknown)).await;
+    }
+}
+
+// ---- answers
+
+#[tokio::test]
+async fn a_body_that_is_longer_than_it_said_is_not_kept_beyond_the_limit() {
+    use http_body_util::BodyExt;
+    struct Lies(http_body_util::Full<Bytes>);
+    impl http_body::Body for Lies {
+        type Data = Bytes;
+        type Error = std::convert::Infallible;
+        fn poll_frame(
+            mut self: std::pin::Pin<&mut Self>,
+            cx: &mut std::task::Context<'_>,
+        ) -> std::task::Poll<Option<Result<http_body::Frame<Bytes>, Self::Error>>> {
+            std::pin::Pin::new(&mut self.0).poll_frame(cx)
+        }
+        fn size_hint(&self) -> http_body::SizeHint {
+            http_body::SizeHint::with_exact(4)
+        }
+    }
+    let control = open();
+    let store = MemoryStore::new();
+    let app = answering(
+        &control,
+        IdempotencyLayer::new(store.clone()).max_response_body(1000),
+        |_, _, _| Response::new(Body::new(Lies(http_body_util::Full::from(vec![b'x'; 100_000])).boxed())),
+    );
+    call(&app, keyed("k", "a")).await;
+    assert!(store.bytes() < 10_000, "{} bytes are kept", store.bytes());
+}
