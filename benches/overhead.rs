@@ -135,7 +135,7 @@ fn first(name: &'static str, target: Option<f64>, resident: MemoryStore) -> Cont
             // for a while, and not fetched from the system anew.
             before.push(std::mem::replace(&mut service, protected(&MemoryStore::new())));
             if before.len() > 2 {
-                before.remove(0);
+                drop(before.remove(0));
             }
         }
         timed(runtime, async {

@@ -9,7 +9,7 @@ use std::{
     thread,
 };
 
-use http::{HeaderName, Request, Response, response};
+use http::{HeaderName, Method, Request, Response, StatusCode, header, response};
 use http_body::Body;
 use tower_service::Service;
 
@@ -57,7 +57,7 @@ impl<S> Exchange<S> {
             ..
         } = self;
         let guard = Guard::new(shared, lease);
-        parts.extensions.insert(Attempt::new(key, lease.fence));
+        parts.extensions.insert(Attempt::new(lease.id, key, lease.fence));
         let request = Request::from_parts(parts, B::from_buffered(body));
         // Only what is needed from here on becomes part of the future.
         async move {
@@ -95,6 +95,7 @@ where
         if let Err(error) = ready(&mut service).await {
             return Ran::NotReady(error);
         }
+        let is_head = request.method() == Method::HEAD;
         let (parts, body) = match service.call(request).await {
             Ok(response) => response.into_parts(),
             Err(error) => return Ran::Failed(error),
@@ -106,6 +107,8 @@ where
             return Ran::Stream(parts, body);
         }
         match body::keep(body, policy.max_response_body).await {
+            // An answer without a body may announce the length that it would have with one.
+            Kept::Whole(body) if !is_head && !is_complete(&parts, &body) => Ran::Broken(parts, Resumed::from(body)),
             Kept::Whole(body) => Ran::Whole(parts, body),
             Kept::OverLimit(body) => Ran::OverLimit(parts, body),
             Kept::Broken(body) => Ran::Broken(parts, body),
@@ -148,6 +151,14 @@ fn write_down(parts: &response::Parts, body: &BufferedBody, policy: &Policy) -> 
         data,
         trailers,
     ))
+}
+
+/// Whether the body is as long as its head says.
+fn is_complete(parts: &response::Parts, body: &BufferedBody) -> bool {
+    let length = parts.headers.get(header::CONTENT_LENGTH);
+    let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    matches!(parts.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+        || length.is_none_or(|length| length == body.data().len())
 }
 
 fn not_kept(parts: &response::Parts) -> Outcome {

@@ -22,7 +22,12 @@ pub struct BufferedBody {
 }
 
 impl BufferedBody {
-    pub(crate) fn new(data: Bytes, trailers: Option<Box<HeaderMap>>) -> Self {
+    /// A body of these bytes and trailers.
+    pub fn new(data: Bytes, trailers: Option<HeaderMap>) -> Self {
+        Self::from_parts(data, trailers.map(Box::new))
+    }
+
+    pub(crate) fn from_parts(data: Bytes, trailers: Option<Box<HeaderMap>>) -> Self {
         Self { data, trailers }
     }
 
@@ -68,6 +73,10 @@ impl Body for BufferedBody {
 ///
 /// Implemented for the bodies of axum and tonic, for `Full<Bytes>` and for the boxed bodies of `http-body-util`. A raw
 /// hyper service takes `hyper::body::Incoming`, which nobody but hyper can make: box the body before this layer.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot be made again from buffered bytes",
+    note = "box the body above this layer, for instance with `.map_request(|request| request.map(axum::body::Body::new))`"
+)]
 pub trait RequestBody: Body {
     /// The body of the request that goes on to the service.
     fn from_buffered(body: BufferedBody) -> Self;
@@ -179,7 +188,7 @@ impl Collected {
         } else {
             self.rest.freeze()
         };
-        BufferedBody::new(data, self.trailers)
+        BufferedBody::from_parts(data, self.trailers)
     }
 }
 
@@ -229,6 +238,17 @@ pub(crate) struct Resumed<B: Body> {
     read: vec::IntoIter<Bytes>,
     error: Option<B::Error>,
     rest: Option<Pin<Box<B>>>,
+}
+
+/// What was read, although more was announced.
+impl<B: Body> From<BufferedBody> for Resumed<B> {
+    fn from(body: BufferedBody) -> Self {
+        Self {
+            read: vec![body.data].into_iter(),
+            error: None,
+            rest: None,
+        }
+    }
 }
 
 impl<B: Body> Resumed<B> {

@@ -10,7 +10,7 @@
 //! | 4 | length of the headers |
 //! | 4 | length of the trailers |
 //! | 8 | length of the body |
-//! | n | headers: for each the length of its name (2), of its value (4), name, value |
+//! | n | headers: for each the length of its name (2), of its value (4), name, value; the top bit of a value's length marks it as sensitive |
 //! | n | trailers, likewise |
 //! | n | body, to the end |
 
@@ -25,6 +25,8 @@ const VERSION: u8 = 1;
 const NOT_KEPT: u8 = 1;
 const TRAILERS: u8 = 2;
 const TRAILERS_ANNOUNCED: u8 = 4;
+/// In the length of a value: it is not to be logged or put into compression tables.
+const SENSITIVE: u32 = 1 << 31;
 const HEAD: usize = 20;
 
 /// The answer of a completed operation as a store keeps it: one buffer that is cheap to clone and never changes.
@@ -174,7 +176,8 @@ fn fields_length(fields: &HeaderMap, keep: impl Fn(&HeaderName) -> bool) -> usiz
 fn push_fields(out: &mut Vec<u8>, fields: &HeaderMap, keep: impl Fn(&HeaderName) -> bool) {
     for (name, value) in fields.iter().filter(|(name, _)| keep(name)) {
         out.extend_from_slice(&(name.as_str().len() as u16).to_le_bytes());
-        out.extend_from_slice(&(value.len() as u32).to_le_bytes());
+        let sensitive = if value.is_sensitive() { SENSITIVE } else { 0 };
+        out.extend_from_slice(&(value.len() as u32 | sensitive).to_le_bytes());
         out.extend_from_slice(name.as_str().as_bytes());
         out.extend_from_slice(value.as_bytes());
     }
@@ -187,7 +190,9 @@ fn take_fields(rest: &mut Bytes, length: u32) -> Result<HeaderMap, StoreError> {
         let name = section.try_get_u16_le().map_err(corrupt)?;
         let value = section.try_get_u32_le().map_err(corrupt)?;
         let name = HeaderName::from_bytes(&take(&mut section, name.into())?).map_err(corrupt)?;
-        let value = HeaderValue::from_maybe_shared(take(&mut section, value as usize)?).map_err(corrupt)?;
+        let (length, sensitive) = (value & !SENSITIVE, value & SENSITIVE != 0);
+        let mut value = HeaderValue::from_maybe_shared(take(&mut section, length as usize)?).map_err(corrupt)?;
+        value.set_sensitive(sensitive);
         fields.try_append(name, value).map_err(corrupt)?;
     }
     Ok(fields)

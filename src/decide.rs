@@ -14,8 +14,8 @@ use crate::{
 #[derive(Debug)]
 pub(crate) enum Decision {
     Run(Lease),
-    /// Claim the record once more, and with it the abandoned attempt that has this fence.
-    TakeOver(u64),
+    /// Claim the record once more, in place of the attempt that lost this lease.
+    TakeOver(Lease),
     Replay(StoredResponse),
     /// For at most this long.
     Wait(Duration),
@@ -41,9 +41,9 @@ pub(crate) fn decide(begin: Begin, comparison: Comparison, guarantee: Guarantee,
             Concurrent::Refuse => refuse(RejectionKind::InProgress),
             Concurrent::Wait(_) => Decision::Wait(remaining),
         },
-        (Begin::Abandoned { fence, .. }, Comparison::Same) => match guarantee {
+        (Begin::Abandoned { lost, .. }, Comparison::Same) => match guarantee {
             Guarantee::AtMostOnce => refuse(RejectionKind::OutcomeUnknown),
-            Guarantee::AtLeastOnce => Decision::TakeOver(fence),
+            Guarantee::AtLeastOnce => Decision::TakeOver(lost),
         },
     }
 }
@@ -60,19 +60,23 @@ mod tests {
         record::{Owner, RecordId},
     };
 
+    fn lease(fence: u64) -> Lease {
+        Lease::new(RecordId::from_bytes([0; 32]), Owner::from_bytes([1; 16]), fence)
+    }
+
     /// The states that a store can find, by name.
     fn find(state: &str) -> Begin {
         let fingerprint = Fingerprint::new(1, [0; 32]);
         match state {
-            "acquired" => {
-                let owner = Owner::from_bytes([1; 16]);
-                Begin::Acquired(Lease::new(RecordId::from_bytes([0; 32]), owner, 1))
-            }
+            "acquired" => Begin::Acquired(lease(1)),
             "in progress" => Begin::InProgress {
                 fingerprint,
                 remaining: Duration::from_secs(7),
             },
-            "abandoned" => Begin::Abandoned { fingerprint, fence: 3 },
+            "abandoned" => Begin::Abandoned {
+                fingerprint,
+                lost: lease(3),
+            },
             "kept" => {
                 let response = StoredResponse::encode(StatusCode::OK, &HeaderMap::new(), |_| true, b"", None);
                 Begin::Completed { fingerprint, response }
@@ -88,7 +92,7 @@ mod tests {
     fn name(decision: Decision) -> String {
         match decision {
             Decision::Run(_) => "run".to_owned(),
-            Decision::TakeOver(fence) => format!("take over {fence}"),
+            Decision::TakeOver(lost) => format!("take over {}", lost.fence),
             Decision::Replay(_) => "replay".to_owned(),
             Decision::Wait(longest) => format!("wait {}", longest.as_secs()),
             Decision::Refuse(rejection) => rejection.kind().slug().to_owned(),

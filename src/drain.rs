@@ -50,7 +50,7 @@ impl Tasks {
     }
 }
 
-/// Waits for requests that outlived their clients; see [`IdempotencyLayer::drain`](crate::IdempotencyLayer::drain).
+/// Waits for requests that outlived their clients, of all clones of a layer; see [`IdempotencyLayer::drain`](crate::IdempotencyLayer::drain).
 ///
 /// A runtime that shuts down drops its tasks. Without a drain, a handler whose client left is then cut short and its
 /// outcome is unknown.
@@ -75,6 +75,7 @@ pub struct Drain {
 
 /// The deadline of a drain passed while work was left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Unfinished {
     /// How many requests were still running.
     pub running: usize,
@@ -116,7 +117,7 @@ impl Drain {
 
 impl fmt::Display for Unfinished {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} requests were still running", self.running)
+        write!(f, "requests still running: {}", self.running)
     }
 }
 

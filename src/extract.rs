@@ -2,29 +2,37 @@
 
 use std::fmt;
 
-use crate::key::IdempotencyKey;
+use crate::{key::IdempotencyKey, record::RecordId};
 
 /// The attempt that a handler is running, in the extensions of every request that runs under a lease, and an extractor for axum handlers.
 ///
-/// Pass the key on to the services that the handler calls, so that they can tell a repeated attempt from a new
-/// operation. `Option<Attempt>` is for routes where the key is optional.
+/// `Option<Attempt>` is for routes where the key is optional; without one, `Attempt` alone fails with a 500.
+///
+/// To the services that the handler calls, pass [`id`](Self::id) on, so that they can tell a repeated attempt from a
+/// new operation, with a label if there is more than one call. Not the client's key: two tenants may use the same one.
 ///
 /// ```
-/// # use axum::Json;
 /// # use tower_idempotency::Attempt;
 /// async fn pay(attempt: Attempt) -> String {
-///     format!("attempt {} at {}", attempt.number(), attempt.key().as_str())
+///     let charge_key = format!("{}-charge", attempt.id().to_hex());
+///     format!("attempt {} charges under {charge_key}", attempt.number())
 /// }
 /// ```
 #[derive(Clone, Debug)]
 pub struct Attempt {
+    id: RecordId,
     key: IdempotencyKey,
     fence: u64,
 }
 
 impl Attempt {
-    pub(crate) fn new(key: IdempotencyKey, fence: u64) -> Self {
-        Self { key, fence }
+    pub(crate) fn new(id: RecordId, key: IdempotencyKey, fence: u64) -> Self {
+        Self { id, key, fence }
+    }
+
+    /// The operation, told from every other one: a hash over tenant, operation and key.
+    pub fn id(&self) -> RecordId {
+        self.id
     }
 
     /// The key that the client sent.
@@ -38,8 +46,9 @@ impl Attempt {
         self.fence
     }
 
-    /// A token that rises with every attempt at this operation: a resource that remembers the highest one it saw can
-    /// turn away an attempt that was thought to be dead. Equal to the [number](Self::number).
+    /// A token that rises with every attempt at this operation, for as long as its record is kept: a resource that
+    /// remembers the highest one it saw can turn away an attempt that was thought to be dead. Equal to the
+    /// [number](Self::number).
     pub fn fence(&self) -> u64 {
         self.fence
     }
@@ -52,8 +61,8 @@ pub struct MissingAttempt(());
 impl fmt::Display for MissingAttempt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(
-            "no idempotency attempt in the request's extensions: is the route inside an `IdempotencyLayer`, and was a \
-             key sent? Use `.require_key()`, or extract an `Option`",
+            "no idempotency attempt: the route is outside of every `IdempotencyLayer`, or the request had no key. Use \
+             `.require_key()`, or extract an `Option`",
         )
     }
 }
@@ -73,10 +82,10 @@ mod axum_extractors {
     use super::{Attempt, IdempotencyKey, MissingAttempt};
 
     impl IntoResponse for MissingAttempt {
-        /// A 500: the server was put together wrong.
+        /// A 500: the server was put together wrong, by leaving out the layer or `.require_key()`.
         fn into_response(self) -> Response {
             tracing::error!("{self}");
-            (StatusCode::INTERNAL_SERVER_ERROR, "the idempotency layer is missing").into_response()
+            (StatusCode::INTERNAL_SERVER_ERROR, self.to_string()).into_response()
         }
     }
 

@@ -164,8 +164,12 @@ impl<S: Clone> Exchange<S> {
             Decision::Run(lease) => Next::Run(lease),
             Decision::Replay(stored) => Next::Reply(self.replay(&stored)),
             Decision::Refuse(rejection) => Next::Reply(self.refuse(rejection)),
-            Decision::TakeOver(fence) => {
-                self.claim.takeover = Some(fence);
+            // A store that was asked for just this and neither did it nor found anything else would be asked for ever.
+            Decision::TakeOver(lost) if self.claim.takeover == Some(lost) => {
+                Next::Reply(self.refuse(Rejection::new(RejectionKind::StoreUnavailable)))
+            }
+            Decision::TakeOver(lost) => {
+                self.claim.takeover = Some(lost);
                 Next::BeginAgain
             }
             Decision::Wait(longest) => {
@@ -258,7 +262,7 @@ impl<S> Exchange<S> {
         }
         self.shared.tally.replayed.add();
         tracing::debug!(record = %self.id, "a stored answer is replayed");
-        let mut response = Response::new(ResponseBody::buffered(BufferedBody::new(body, trailers)));
+        let mut response = Response::new(ResponseBody::buffered(BufferedBody::from_parts(body, trailers)));
         *response.status_mut() = status;
         *response.headers_mut() = headers;
         response

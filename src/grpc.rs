@@ -35,10 +35,12 @@ pub(crate) fn http_status(headers: &HeaderMap) -> Option<StatusCode> {
 }
 
 /// A refusal that a gRPC client reads as the status of its call.
-pub(crate) fn refusal<B: Default>(rejection: &Rejection) -> Response<B> {
+pub(crate) fn refusal<B: Default>(rejection: &Rejection, request: &HeaderMap) -> Response<B> {
     let mut response = Response::new(B::default());
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    if let Some(dialect) = request.get(header::CONTENT_TYPE) {
+        headers.insert(header::CONTENT_TYPE, dialect.clone());
+    }
     headers.insert(GRPC_STATUS, HeaderValue::from(code(rejection.kind())));
     if let Ok(message) = HeaderValue::try_from(percent_encoded(&rejection.to_string())) {
         headers.insert(GRPC_MESSAGE, message);

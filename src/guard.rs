@@ -2,6 +2,7 @@
 
 use std::{
     future::{Future, poll_fn},
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::Arc,
     task::Poll,
@@ -73,7 +74,9 @@ impl Guard {
             }
             if renewing {
                 let renewals = renewals.get_or_insert_with(|| Box::pin(self.renew_while_held()));
-                renewing = renewals.as_mut().poll(cx).is_pending();
+                // A store that panics must not cut the handler. Its lease is over soon, and the record says the rest.
+                let renewal = catch_unwind(AssertUnwindSafe(|| renewals.as_mut().poll(cx)));
+                renewing = matches!(renewal, Ok(Poll::Pending));
             }
             Poll::Pending
         })

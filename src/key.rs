@@ -63,20 +63,27 @@ enum Source {
 }
 
 impl KeySource {
-    /// One header, named in lower case. A request that carries it on two lines is refused.
+    /// One header. A request that carries it on two lines is refused.
+    ///
+    /// Not a request or trace id that proxies make: it is new for every attempt, so that every retry would run.
     ///
     /// # Panics
-    /// If `name` is not a header name in lower case.
-    pub fn header(name: &'static str) -> Self {
+    /// If `name` is not a header name.
+    pub fn header(name: &str) -> Self {
         Self::headers([name])
     }
 
     /// The first of several headers that the request carries, in the order given here.
     ///
     /// # Panics
-    /// If there is no name, or one is not a header name in lower case.
-    pub fn headers(names: impl IntoIterator<Item = &'static str>) -> Self {
-        let names: Arc<[_]> = names.into_iter().map(HeaderName::from_static).collect();
+    /// If there is no name, or one is not a header name.
+    #[allow(clippy::panic, reason = "documented, and before any request")]
+    pub fn headers<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
+        let parse = |name: &str| match HeaderName::from_bytes(name.as_bytes()) {
+            Ok(name) => name,
+            Err(_) => panic!("{name:?} is not a header name"),
+        };
+        let names: Arc<[_]> = names.into_iter().map(parse).collect();
         assert!(!names.is_empty(), "a key source needs at least one header");
         Self(Source::Headers(names))
     }

@@ -23,7 +23,8 @@ use crate::{
 /// Makes the service below it safe to retry: see the [crate's documentation](crate).
 ///
 /// Every setter says its default, which is right for money. Clones share the store; a setter called on a clone changes that clone alone, so
-/// routes can differ:
+/// routes can differ. Put one of them on each route: where two cover a request the outer one decides, and the inner one does
+/// nothing.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -107,7 +108,8 @@ impl IdempotencyLayer {
     /// Whom a key belongs to; the closure gives a [`Scope`] or an `Option<Scope>`. Where it finds none the request is
     /// refused (400): a key that belongs to nobody would belong to everybody.
     ///
-    /// Default: the `Authorization` header and the matched route. That keeps tenants apart who authenticate by this
+    /// Default: the `Authorization` header and the matched route, or the path where no route was matched (a plain tower
+    /// service, tonic, the layer around a whole `Router`). The method is in the fingerprint, not in the scope. That keeps tenants apart who authenticate by this
     /// header, but a retry under a refreshed token is a new operation then, and callers who send none (they use
     /// cookies, or another header) share one scope. Prefer the account's id:
     ///
@@ -150,11 +152,19 @@ impl IdempotencyLayer {
         self.set(|policy| policy.max_waiters = requests)
     }
 
-    /// How long a completed operation is remembered, from its completion. Default: 24 hours.
+    /// How long a completed operation is remembered, from its completion. After that its key is free, and **a retry
+    /// runs again**: keep it longer than the slowest client retries. Default: 24 hours.
     /// New records only: those that exist keep theirs.
+    ///
+    /// # Panics
+    /// If `retention` is zero.
     #[must_use]
     pub fn retention(self, retention: impl Into<Retention>) -> Self {
         let retention = retention.into();
+        assert!(
+            retention != Retention::For(Duration::ZERO),
+            "an answer that is kept for no time protects nothing"
+        );
         self.set(|policy| policy.retention = retention)
     }
 
@@ -188,6 +198,8 @@ impl IdempotencyLayer {
 
     /// The most bytes of a request body; larger ones are refused (413), by their `Content-Length` before a byte is
     /// read. Only requests with a key are buffered and limited. Default: 1 MiB.
+    ///
+    /// axum's extractors have a limit of their own, 2 MB (`DefaultBodyLimit`).
     #[must_use]
     pub fn max_request_body(self, bytes: usize) -> Self {
         self.set(|policy| policy.max_request_body = bytes)
@@ -200,8 +212,13 @@ impl IdempotencyLayer {
         self.set(|policy| policy.max_response_body = bytes)
     }
 
-    /// Which statuses say that the operation was executed, so that the answer is kept. Any other frees the key: **the next request
-    /// with it runs**. Default: all but 401, 403, 408, 425, 429 and 503.
+    /// Which statuses say that the operation was executed, so that the answer is kept. Default: all but 401, 403, 408,
+    /// 425, 429 and 503.
+    ///
+    /// **Dangerous to narrow.** A status that this closure rejects says that *nothing happened*: the key is free, and the next request
+    /// with it runs, whatever the [`Guarantee`]. A handler that charges and then answers 500 charges
+    /// twice under `|status| status.is_success()`. The same holds for the defaults: answer 408, 425, 429 or 503 only
+    /// before any effect, and do not pass on a 503 of a service that you have already called.
     ///
     /// A gRPC call that fails without a message counts as the HTTP status of its code, so `UNAUTHENTICATED`,
     /// `PERMISSION_DENIED`, `RESOURCE_EXHAUSTED` and `UNAVAILABLE` free the key.
@@ -221,13 +238,20 @@ impl IdempotencyLayer {
         self.set(|policy| policy.stream_when = Arc::new(is_stream))
     }
 
-    /// The fields of an answer that are not stored, beside those of the connection (`Connection` and what it names,
-    /// `Keep-Alive`, `Proxy-*`, `TE`, `Trailer`, `Transfer-Encoding`, `Upgrade`) and `Date`, which never are. The first
-    /// answer still has them. Default: `Set-Cookie`, `WWW-Authenticate`, `Proxy-Authenticate`.
+    /// One more field of answers that is not stored; the first answer still has it. Default: `Set-Cookie`,
+    /// `WWW-Authenticate` and `Proxy-Authenticate`.
+    ///
+    /// The fields of the connection (`Connection` and what it names, `Keep-Alive`, `Proxy-*`, `TE`, `Trailer`,
+    /// `Transfer-Encoding`, `Upgrade`) and `Date` are never stored.
     #[must_use]
-    pub fn drop_headers(self, names: impl IntoIterator<Item = HeaderName>) -> Self {
-        let names = names.into_iter().collect();
-        self.set(|policy| policy.dropped_headers = names)
+    pub fn drop_header(self, name: HeaderName) -> Self {
+        self.set(|policy| policy.dropped_headers.push(name))
+    }
+
+    /// Stores a field of answers that is [dropped](Self::drop_header) by default: every duplicate gets it.
+    #[must_use]
+    pub fn keep_header(self, name: &HeaderName) -> Self {
+        self.set(|policy| policy.dropped_headers.retain(|dropped| dropped != name))
     }
 
     /// The field that tells a replay from a first answer, or none. Default: `idempotent-replayed: true`.
@@ -282,9 +306,11 @@ impl IdempotencyLayer {
     /// # use http::Response;
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
     /// IdempotencyLayer::new(MemoryStore::new()).rejections(|rejection, _request| {
+    ///     let after = rejection.retry_after().map_or(0, |after| after.as_secs());
     ///     Response::builder()
     ///         .status(rejection.status())
     ///         .header("content-type", "application/json")
+    ///         .header("retry-after", after)
     ///         .body(Bytes::from(format!(r#"{{"error":"{}"}}"#, rejection.kind().slug())))
     ///         .expect("a status and a content type")
     /// });

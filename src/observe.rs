@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// How often each thing happened since the layer was made, over all its clones.
+///
+/// Worth an alarm: `unprotected` and `fenced` above zero, and `abandoned` or `store_errors` that rise.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counters {
@@ -10,7 +12,7 @@ pub struct Counters {
     pub executed: u64,
     /// Requests that were answered with the stored answer of an earlier one.
     pub replayed: u64,
-    /// Requests with a key that were refused, for whatever reason.
+    /// Requests that were refused, for whatever reason, those without a required key included.
     pub refused: u64,
     /// Requests that waited for another one with the same key.
     pub waited: u64,

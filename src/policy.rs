@@ -61,7 +61,7 @@ pub(crate) struct Policy {
     pub(crate) max_response_body: usize,
     pub(crate) store_when: Arc<KeepStatus>,
     pub(crate) stream_when: Arc<IsStream>,
-    pub(crate) dropped_headers: Arc<[HeaderName]>,
+    pub(crate) dropped_headers: Vec<HeaderName>,
     pub(crate) replay_marker: Option<(HeaderName, HeaderValue)>,
     pub(crate) replay_no_store: bool,
     pub(crate) problems: Problems,
@@ -87,7 +87,7 @@ impl Default for Policy {
             max_response_body: 1 << 20,
             store_when: Arc::new(executed),
             stream_when: Arc::new(is_stream),
-            dropped_headers: Arc::new([header::SET_COOKIE, header::WWW_AUTHENTICATE, header::PROXY_AUTHENTICATE]),
+            dropped_headers: vec![header::SET_COOKIE, header::WWW_AUTHENTICATE, header::PROXY_AUTHENTICATE],
             replay_marker: Some((
                 HeaderName::from_static("idempotent-replayed"),
                 HeaderValue::from_static("true"),

@@ -31,7 +31,8 @@
 //! its effect. Find out by other means; sending it again does not help.
 //!
 //! ## response-not-kept
-//! **409.** The operation is done. Its answer, of status `original_status`, was too large to keep or was a stream.
+//! **409.** The operation is done. Its answer, of status `original_status`, was a stream or was too large to keep, or the
+//! store had no room for it.
 //! Sending it again does not help.
 //!
 //! ## store-unavailable

@@ -20,6 +20,15 @@ impl RecordId {
     }
 }
 
+impl RecordId {
+    /// All 64 hexadecimal digits.
+    pub fn to_hex(&self) -> String {
+        self.0
+            .iter()
+            .fold(String::with_capacity(64), |hex, byte| hex + &format!("{byte:02x}"))
+    }
+}
+
 impl fmt::Display for RecordId {
     /// The first eight hexadecimal digits: enough to find a request in a log, too few to find a key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -90,8 +99,8 @@ pub struct Claim {
     pub lease: Duration,
     /// How long the record is remembered after its lease ended without an outcome.
     pub retention: Retention,
-    /// Take over the abandoned record that has this fence, and no other.
-    pub takeover: Option<u64>,
+    /// Take over the record that this lease was lost on, and no other.
+    pub takeover: Option<Lease>,
 }
 
 impl Claim {
@@ -106,10 +115,10 @@ impl Claim {
         }
     }
 
-    /// The same claim, which may also take over the abandoned record with this fence.
+    /// The same claim, which may also take over the record that `lost` was lost on.
     #[must_use]
-    pub fn taking_over(mut self, fence: u64) -> Self {
-        self.takeover = Some(fence);
+    pub fn taking_over(mut self, lost: Lease) -> Self {
+        self.takeover = Some(lost);
         self
     }
 }
@@ -135,8 +144,9 @@ impl Lease {
 
 /// What a store found when it was asked to begin.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Begin {
-    /// The record was vacant (or abandoned with the claimed fence) and now belongs to the claim's owner.
+    /// The record was vacant (or was lost by the lease that the claim names) and now belongs to the claim's owner.
     Acquired(Lease),
     /// Somebody else holds a lease that has not ended.
     InProgress {
@@ -149,8 +159,8 @@ pub enum Begin {
     Abandoned {
         /// Of the request that held it.
         fingerprint: Fingerprint,
-        /// The fence of the lost attempt, to be named in a takeover.
-        fence: u64,
+        /// The lease that was lost, to be named in a takeover.
+        lost: Lease,
     },
     /// The operation is done.
     Completed {

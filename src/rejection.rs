@@ -261,7 +261,7 @@ impl Problems {
         }
         let mut response = match &self.hook {
             Some(hook) => hook(&rejection, parts),
-            None if grpc::is_grpc(&parts.headers) => grpc::refusal(&rejection),
+            None if grpc::is_grpc(&parts.headers) => grpc::refusal(&rejection, &parts.headers),
             None => problem_response(&rejection),
         };
         response.extensions_mut().insert(rejection);

@@ -1,4 +1,6 @@
-//! The [contract](crate::Store#contract) that every store passes, as checks that an author of a store can run.
+//! The [contract](crate::Store#contract) that every store passes, as checks that an author of a store can run: add this
+//! crate with its feature `testing` and tokio with `test-util` to the dev-dependencies, and call [`check`] from a
+//! `#[tokio::test(start_paused = true)]`, and [`check_races`] from one with several threads.
 //!
 //! ```
 //! use std::time::Duration;
@@ -202,12 +204,12 @@ impl<S: Store> Bench<S> {
         }
     }
 
-    async fn expect_abandoned(&self, request: u8) -> Result<u64, String> {
+    async fn expect_abandoned(&self, request: u8) -> Result<Lease, String> {
         match self.look().await? {
             Begin::Abandoned {
                 fingerprint: found,
-                fence,
-            } if found == fingerprint(request) => Ok(fence),
+                lost,
+            } if found == fingerprint(request) => Ok(lost),
             other => Err(format!(
                 "it is {other:?} where it had to be abandoned by request {request}"
             )),

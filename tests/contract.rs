@@ -73,7 +73,8 @@ async fn every_flaw_is_found_under_the_sentence_that_it_breaks() {
     for (flaw, rule) in [
         (Flaw::RefusesItsOwnOwner, 2),
         (Flaw::StartsAtAnotherFence, 2),
-        (Flaw::TakesOverAnyFence, 3),
+        (Flaw::TakesOverAnyLease, 3),
+        (Flaw::TakesOverByFenceAlone, 3),
         (Flaw::TakesOverWhatRuns, 3),
         (Flaw::KeepsTheFenceInATakeover, 3),
         (Flaw::KeepsTheOldFingerprint, 3),
@@ -129,7 +130,8 @@ enum Flaw {
     LooksUpThenInserts,
     RefusesItsOwnOwner,
     StartsAtAnotherFence,
-    TakesOverAnyFence,
+    TakesOverAnyLease,
+    TakesOverByFenceAlone,
     TakesOverWhatRuns,
     KeepsTheFenceInATakeover,
     KeepsTheOldFingerprint,
@@ -224,8 +226,12 @@ impl Plain {
         if record.owner == claim.owner && self.flaw != Flaw::RefusesItsOwnOwner {
             return acquire(record.fence, fingerprint);
         }
-        let named =
-            claim.takeover == Some(record.fence) || (claim.takeover.is_some() && self.flaw == Flaw::TakesOverAnyFence);
+        let lost = Lease::new(*id, record.owner, record.fence);
+        let named = match (self.flaw, claim.takeover) {
+            (Flaw::TakesOverAnyLease, named) => named.is_some(),
+            (Flaw::TakesOverByFenceAlone, named) => named.is_some_and(|named| named.fence == lost.fence),
+            (_, named) => named == Some(lost),
+        };
         if record.lease_until > now && !(named && self.flaw == Flaw::TakesOverWhatRuns) {
             return Begin::InProgress {
                 fingerprint,
@@ -233,10 +239,7 @@ impl Plain {
             };
         }
         if !named {
-            return Begin::Abandoned {
-                fingerprint,
-                fence: record.fence,
-            };
+            return Begin::Abandoned { fingerprint, lost };
         }
         let fence = if self.flaw == Flaw::KeepsTheFenceInATakeover {
             record.fence

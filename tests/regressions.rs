@@ -13,7 +13,7 @@ use std::{
 
 use axum::{Router, body::Body, response::IntoResponse};
 use bytes::Bytes;
-use http::{Request, Response, StatusCode};
+use http::{HeaderValue, Request, Response, StatusCode};
 use support::{
     app::{Control, answering, call, gated, keyed, open, pay, spawn},
     faulty::{Fault, FaultyStore, Op},
@@ -395,4 +395,106 @@ async fn a_body_that_is_longer_than_it_said_is_not_kept_beyond_the_limit() {
     );
     call(&app, keyed("k", "a")).await;
     assert!(store.bytes() < 10_000, "{} bytes are kept", store.bytes());
+}
+
+#[tokio::test]
+async fn a_value_that_was_marked_as_sensitive_is_replayed_as_sensitive() {
+    let control = open();
+    let app = answering(&control, IdempotencyLayer::new(MemoryStore::new()), |_, _, _| {
+        let mut value = HeaderValue::from_static("secret");
+        value.set_sensitive(true);
+        ([("x-card-token", value)], "ok").into_response()
+    });
+    assert!(call(&app, keyed("k", "a")).await.headers["x-card-token"].is_sensitive());
+    assert!(call(&app, keyed("k", "a")).await.headers["x-card-token"].is_sensitive());
+}
+
+#[tokio::test]
+async fn an_answer_that_is_shorter_than_it_said_broke_off() {
+    let control = open();
+    let app = answering(&control, IdempotencyLayer::new(MemoryStore::new()), |_, _, _| {
+        let frames = futures_util::stream::iter([Ok::<_, std::io::Error>(Bytes::from_static(b"half"))]);
+        Response::builder()
+            .header("content-length", "8")
+            .body(Body::from_stream(frames))
+            .unwrap()
+    });
+    call(&app, keyed("k", "a")).await;
+    let retry = call(&app, keyed("k", "a")).await;
+    assert!(!retry.is_replay(), "a half answer is replayed for ever: {retry:?}");
+    assert_eq!(retry.problem(), "outcome-unknown");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_panics_at_a_renewal_does_not_cut_the_handler() {
+    let store = FaultyStore::default();
+    let layer = IdempotencyLayer::new(store.clone());
+    let control = gated();
+    let app = pay(&control, layer.clone());
+    store.fail(Op::Renew, [Fault::Panic]);
+    let client = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    control.let_go();
+    let answer = client.await;
+    assert_eq!(control.ends(), 1, "the handler was cut");
+    assert_eq!(answer.unwrap().status, StatusCode::CREATED);
+}
+
+#[tokio::test]
+async fn a_refusal_has_the_content_type_of_the_grpc_dialect_that_was_spoken() {
+    let app = pay(&open(), IdempotencyLayer::new(MemoryStore::new()).require_key());
+    let request = Request::post("/pay")
+        .header("content-type", "application/grpc-web+proto")
+        .body(Body::empty())
+        .unwrap();
+    let answer = call(&app, request).await;
+    assert_eq!(answer.header("grpc-status"), Some("3"));
+    assert_eq!(answer.header("content-type"), Some("application/grpc-web+proto"));
+}
+
+/// Between the look and the takeover another attempt says that it did not execute, and another request takes the key.
+#[derive(Clone, Default)]
+struct Recreated(MemoryStore);
+
+impl Store for Recreated {
+    async fn begin(&self, id: &RecordId, mine: &Claim) -> Result<Begin, StoreError> {
+        let Self(memory) = self;
+        if let Some(lost) = mine.takeover {
+            let rival = acquire(memory, id, &claim(mine.fingerprint).taking_over(lost)).await;
+            memory.release(&rival).await?;
+            let other = acquire(memory, id, &claim(Fingerprint::new(1, [7; 32]))).await;
+            memory.abandon(&other).await?;
+        }
+        memory.begin(id, mine).await
+    }
+    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
+        self.0.complete(lease, response, retention).await
+    }
+    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+        self.0.renew(lease, length).await
+    }
+    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.0.release(lease).await
+    }
+    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.0.abandon(lease).await
+    }
+    async fn changed(&self, id: &RecordId) {
+        self.0.changed(id).await;
+    }
+}
+
+#[tokio::test]
+async fn a_takeover_takes_the_attempt_that_was_seen_and_no_other_of_the_same_fence() {
+    let layer = IdempotencyLayer::new(Recreated::default()).guarantee(Guarantee::AtLeastOnce);
+    let control = open();
+    let app = answering(&control, layer, |run, _, _| {
+        assert!(run > 1, "the first run panics");
+        StatusCode::CREATED.into_response()
+    });
+    assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
+    let answer = call(&app, keyed("k", "a")).await;
+    assert_eq!(control.runs(), 1, "it ran under another request's key: {answer:?}");
+    assert_eq!(answer.problem(), "idempotency-key-reused");
 }

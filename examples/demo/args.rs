@@ -51,13 +51,20 @@ impl Args {
             match option {
                 Long("listen") => args.listen = parser.value()?.parse()?,
                 Long("store") => args.store = parser.value()?.parse_with(store)?,
-                Long("retention") => args.retention = Some(parser.value()?.parse_with(humantime::parse_duration)?),
+                Long("retention") => args.retention = Some(parser.value()?.parse_with(retention)?),
                 Long("ledger") => args.ledger = Some(parser.value()?.into()),
                 Short('h') | Long("help") => return Ok(None),
                 other => return Err(other.unexpected()),
             }
         }
         Ok(Some(args))
+    }
+}
+
+fn retention(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("answers have to be kept for some time".to_owned()),
+        parsed => parsed.map_err(|error| error.to_string()),
     }
 }
 

@@ -128,7 +128,7 @@ async fn abandoned<S: Store>(subject: &impl Subject<Store = S>) -> Result<(Bench
 async fn takeover(subject: &impl Subject) -> Checked {
     for _ in 0..ROUNDS {
         let (bench, first) = abandoned(subject).await?;
-        let claims = (0..MANY).map(|_| Ok(bench.claim(1)?.taking_over(first.fence)));
+        let claims = (0..MANY).map(|_| Ok(bench.claim(1)?.taking_over(first)));
         let (leases, _) = race(&bench, claims.collect::<Result<_, String>>()?).await?;
         one(&leases)?;
         ensure(leases[0].fence == 2, || format!("the takeover is {:?}", leases[0]))?;
@@ -144,7 +144,7 @@ async fn complete_or_takeover(subject: &impl Subject) -> Checked {
             async move { store.complete(&first, &response(b"first"), Retention::Forever).await }
         };
         let completing = tokio::spawn(completing);
-        let claims = vec![bench.claim(1)?.taking_over(first.fence); 1];
+        let claims = vec![bench.claim(1)?.taking_over(first); 1];
         let (leases, _) = race(&bench, claims).await?;
         let completed = completing.await.map_err(|error| error.to_string())?;
         match (completed, leases.len()) {

@@ -103,12 +103,13 @@ impl Shard {
                                 remaining: Duration::from_nanos(lease_until - now),
                             });
                         }
-                        State::InProgress { fence, .. } if claim.takeover == Some(*fence) => fence.saturating_add(1),
-                        State::InProgress { fence, .. } => {
-                            return Ok(Begin::Abandoned {
-                                fingerprint: record.fingerprint,
-                                fence: *fence,
-                            });
+                        State::InProgress { owner, fence, .. } => {
+                            let lost = Lease::new(*id, *owner, *fence);
+                            if claim.takeover != Some(lost) {
+                                let fingerprint = record.fingerprint;
+                                return Ok(Begin::Abandoned { fingerprint, lost });
+                            }
+                            fence.saturating_add(1)
                         }
                     }
                 };
