@@ -75,7 +75,7 @@ impl Body for BufferedBody {
 /// hyper service takes `hyper::body::Incoming`, which nobody but hyper can make: box the body before this layer.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot be made again from buffered bytes",
-    note = "box the body above this layer, for instance with `.map_request(|request| request.map(axum::body::Body::new))`"
+    note = "box the body above this layer, such as with `.map_request(|request| request.map(Body::new))`"
 )]
 pub trait RequestBody: Body {
     /// The body of the request that goes on to the service.

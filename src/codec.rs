@@ -1,4 +1,5 @@
-//! The stored answer and its bytes. They are written once, when the operation completes, and read in place by every replay.
+//! The stored answer and its bytes. They are written once, when the operation completes, and read in place by every
+//! replay.
 //!
 //! Version 1, all numbers little-endian:
 //!
@@ -10,9 +11,11 @@
 //! | 4 | length of the headers |
 //! | 4 | length of the trailers |
 //! | 8 | length of the body |
-//! | n | headers: for each the length of its name (2), of its value (4), name, value; the top bit of a value's length marks it as sensitive |
+//! | n | headers: for each the length of its name (2), of its value (4), name, value |
 //! | n | trailers, likewise |
 //! | n | body, to the end |
+//!
+//! The top bit of a value's length marks it as sensitive.
 
 use std::fmt;
 

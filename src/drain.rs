@@ -50,7 +50,8 @@ impl Tasks {
     }
 }
 
-/// Waits for requests that outlived their clients, of all clones of a layer; see [`IdempotencyLayer::drain`](crate::IdempotencyLayer::drain).
+/// Waits for requests that outlived their clients, of all clones of a layer; see
+/// [`IdempotencyLayer::drain`](crate::IdempotencyLayer::drain).
 ///
 /// A runtime that shuts down drops its tasks. Without a drain, a handler whose client left is then cut short and its
 /// outcome is unknown.
@@ -58,8 +59,8 @@ impl Tasks {
 /// ```no_run
 /// # use std::time::Duration;
 /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
-/// # async fn serve(listener: tokio::net::TcpListener, app: axum::Router, signal: impl Future<Output = ()> + Send + 'static) {
-/// let idempotency = IdempotencyLayer::new(MemoryStore::new());
+/// # async fn serve(listener: tokio::net::TcpListener, app: axum::Router, signal: impl Future<Output = ()> + Send +
+/// 'static) { let idempotency = IdempotencyLayer::new(MemoryStore::new());
 /// let drain = idempotency.drain();
 /// // let app = app.layer(idempotency);
 /// axum::serve(listener, app).with_graceful_shutdown(signal).await.unwrap();

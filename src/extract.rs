@@ -4,7 +4,8 @@ use std::fmt;
 
 use crate::{key::IdempotencyKey, record::RecordId};
 
-/// The attempt that a handler is running, in the extensions of every request that runs under a lease, and an extractor for axum handlers.
+/// The attempt that a handler is running, in the extensions of every request that runs under a lease, and an extractor
+/// for axum handlers.
 ///
 /// `Option<Attempt>` is for routes where the key is optional; without one, `Attempt` alone fails with a 500.
 ///

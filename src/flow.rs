@@ -274,7 +274,8 @@ impl<S> Exchange<S> {
     }
 }
 
-/// HTTP/1.1 sends trailers only when their names were announced; the stored announcement belonged to another connection.
+/// HTTP/1.1 sends trailers only when their names were announced; the stored announcement belonged to another
+/// connection.
 fn announce(trailers: &HeaderMap, version: Version, headers: &mut HeaderMap) {
     let names: Vec<_> = trailers.keys().map(HeaderName::as_str).collect();
     if version <= Version::HTTP_11 && !names.is_empty() {

@@ -93,7 +93,8 @@ impl Guard {
             pause = match self.shared.call(renewal).await {
                 Ok(()) => length / 3,
                 Err(error) if error.kind() == StoreErrorKind::Fenced => {
-                    tracing::warn!(record = %self.lease.id, fence = self.lease.fence, "the lease was lost while the handler ran");
+                    let Lease { id, fence, .. } = self.lease;
+                    tracing::warn!(record = %id, fence, "the lease was lost while the handler ran");
                     return;
                 }
                 Err(_) => (length / 12).max(Duration::from_millis(1)),
@@ -119,7 +120,8 @@ impl Guard {
             Outcome::NotExecuted => self.shared.tally.released.add(),
             Outcome::Unknown => {
                 self.shared.tally.abandoned.add();
-                tracing::warn!(record = %self.lease.id, fence = self.lease.fence, "an attempt ended with an unknown outcome");
+                let Lease { id, fence, .. } = self.lease;
+                tracing::warn!(record = %id, fence, "an attempt ended with an unknown outcome");
             }
         }
     }
@@ -202,6 +204,7 @@ fn report(shared: &Shared, lease: &Lease, error: &StoreError) {
         tracing::warn!(record = %lease.id, fence = lease.fence, "an attempt ended after its lease was lost");
     } else {
         let source = std::error::Error::source(error).map(tracing::field::display);
-        tracing::error!(record = %lease.id, fence = lease.fence, %error, source, "the outcome of an attempt could not be stored");
+        let Lease { id, fence, .. } = lease;
+        tracing::error!(record = %id, fence, %error, source, "the outcome of an attempt could not be stored");
     }
 }

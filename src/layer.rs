@@ -22,9 +22,9 @@ use crate::{
 
 /// Makes the service below it safe to retry: see the [crate's documentation](crate).
 ///
-/// Every setter says its default, which is right for money. Clones share the store; a setter called on a clone changes that clone alone, so
-/// routes can differ. Put one of them on each route: where two cover a request the outer one decides, and the inner one does
-/// nothing.
+/// Every setter says its default, which is right for money. Clones share the store; a setter called on a clone changes
+/// that clone alone, so routes can differ. Put one of them on each route: where two cover a request the outer one
+/// decides, and the inner one does nothing.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -109,9 +109,9 @@ impl IdempotencyLayer {
     /// refused (400): a key that belongs to nobody would belong to everybody.
     ///
     /// Default: the `Authorization` header and the matched route, or the path where no route was matched (a plain tower
-    /// service, tonic, the layer around a whole `Router`). The method is in the fingerprint, not in the scope. That keeps tenants apart who authenticate by this
-    /// header, but a retry under a refreshed token is a new operation then, and callers who send none (they use
-    /// cookies, or another header) share one scope. Prefer the account's id:
+    /// service, tonic, the layer around a whole `Router`). The method is in the fingerprint, not in the scope. That
+    /// keeps tenants apart who authenticate by this header, but a retry under a refreshed token is a new operation
+    /// then, and callers who send none (they use cookies, or another header) share one scope. Prefer the account's id:
     ///
     /// ```
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, Scope};
@@ -168,8 +168,8 @@ impl IdempotencyLayer {
         self.set(|policy| policy.retention = retention)
     }
 
-    /// How long an attempt may go without a sign of life before it counts as lost. While the handler runs it is renewed three times as
-    /// often, so this is not a limit for handlers. Default: 60 seconds.
+    /// How long an attempt may go without a sign of life before it counts as lost. While the handler runs it is renewed
+    /// three times as often, so this is not a limit for handlers. Default: 60 seconds.
     ///
     /// # Panics
     /// If `lease` is zero.
@@ -215,8 +215,8 @@ impl IdempotencyLayer {
     /// Which statuses say that the operation was executed, so that the answer is kept. Default: all but 401, 403, 408,
     /// 425, 429 and 503.
     ///
-    /// **Dangerous to narrow.** A status that this closure rejects says that *nothing happened*: the key is free, and the next request
-    /// with it runs, whatever the [`Guarantee`]. A handler that charges and then answers 500 charges
+    /// **Dangerous to narrow.** A status that this closure rejects says that *nothing happened*: the key is free, and
+    /// the next request with it runs, whatever the [`Guarantee`]. A handler that charges and then answers 500 charges
     /// twice under `|status| status.is_success()`. The same holds for the defaults: answer 408, 425, 429 or 503 only
     /// before any effect, and do not pass on a 503 of a service that you have already called.
     ///
@@ -291,8 +291,8 @@ impl IdempotencyLayer {
         self.set(|policy| policy.problems.base = base)
     }
 
-    /// What `Retry-After` says where trying again can help, in whole seconds, at least one; up to as much again is added at
-    /// random. Default: 1 second.
+    /// What `Retry-After` says where trying again can help, in whole seconds, at least one; up to as much again is
+    /// added at random. Default: 1 second.
     #[must_use]
     pub fn retry_after(self, base: Duration) -> Self {
         self.set(|policy| policy.problems.retry_after = base)

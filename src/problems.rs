@@ -7,8 +7,8 @@
 //! **400.** The operation requires an idempotency key and none was sent. Nothing ran. Send the request with a key.
 //!
 //! ## idempotency-key-invalid
-//! **400.** The key is empty, too long, has characters that are not taken, is not a well-formed structured field string,
-//! or was sent more than once; `detail` says which. Nothing ran. Correct the key.
+//! **400.** The key is empty, too long, has characters that are not taken, is not a well-formed structured field
+//! string, or was sent more than once; `detail` says which. Nothing ran. Correct the key.
 //!
 //! ## idempotency-scope-missing
 //! **400.** The server could not tell whom the key belongs to. Nothing ran.
@@ -31,13 +31,13 @@
 //! its effect. Find out by other means; sending it again does not help.
 //!
 //! ## response-not-kept
-//! **409.** The operation is done. Its answer, of status `original_status`, was a stream or was too large to keep, or the
-//! store had no room for it.
+//! **409.** The operation is done. Its answer, of status `original_status`, was a stream or was too large to keep, or
+//! the store had no room for it.
 //! Sending it again does not help.
 //!
 //! ## store-unavailable
-//! **503.** The server cannot reach its records, so it does not know whether the request is a duplicate. It did not run.
-//! Send the request again after `Retry-After`.
+//! **503.** The server cannot reach its records, so it does not know whether the request is a duplicate. It did not
+//! run. Send the request again after `Retry-After`.
 //!
 //! ## store-full
 //! **503.** The server has no room for another key. The request did not run. Send it again after `Retry-After`.

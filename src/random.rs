@@ -1,4 +1,5 @@
-//! Random numbers from the operating system, fetched in batches: a system call per request would cost more than the look-up.
+//! Random numbers from the operating system, fetched in batches: a system call per request would cost more than the
+//! look-up.
 
 use std::cell::RefCell;
 

@@ -205,7 +205,8 @@ pub(crate) fn sent_uri(parts: &Parts) -> &Uri {
     &parts.uri
 }
 
-/// The default scope is safe between tenants that authenticate by the `Authorization` header; say once where it may not be what is wanted.
+/// The default scope is safe between tenants that authenticate by the `Authorization` header; say once where it may not
+/// be what is wanted.
 fn warn_once(parts: &Parts) {
     static BEARER: Once = Once::new();
     static ELSEWHERE: Once = Once::new();

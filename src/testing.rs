@@ -187,6 +187,11 @@ impl<S: Store> Bench<S> {
         }
     }
 
+    async fn complete(&self, lease: &Lease, answer: &StoredResponse) -> Result<(), String> {
+        let completed = self.store.complete(lease, answer, Retention::Forever).await;
+        completed.map_err(|error| format!("complete failed: {error}"))
+    }
+
     /// What somebody else finds, without a takeover.
     async fn look(&self) -> Result<Begin, String> {
         self.begin(&self.claim(99)?).await

@@ -144,7 +144,8 @@ async fn a_renewal_that_fails_is_tried_again_before_the_lease_is_over() {
     let app = pay(&control, layer);
     let first = spawn(&app, keyed("k", "a"));
     control.entered().await;
-    // 20 s until the first renewal; then 3 s for each timeout and 5 s between them are less than the 40 s that are left.
+    // 20 s until the first renewal; then 3 s for each timeout and 5 s between them are less than the 40 s that are
+    // left.
     store.fail(
         Op::Renew,
         [

@@ -21,21 +21,21 @@ use crate::{
 /// # Contract
 ///
 /// A record is *vacant*, *in progress* under a lease, or *completed*. *Abandoned* is not a stored state: it is a
-/// record in progress whose lease is over. *Expired* is vacant. `testing::check` (feature `testing`) turns each sentence below into a
-/// test.
+/// record in progress whose lease is over. *Expired* is vacant. `testing::check` (feature `testing`) turns each
+/// sentence below into a test.
 ///
 /// 1. **Each method is one atomic step**, whoever else works on the same record, on this node or another. None of
 ///    them can be built from a look-up that is followed by a write.
-/// 2. [`begin`](Self::begin) acquires a vacant record for the claim's owner, with fence 1, and leaves every other record
-///    as it is. It answers [`Begin::Acquired`] again, with the same fence and a fresh lease, to the owner that already
-///    holds the record, and changes nothing else: a claim whose answer was lost can be repeated.
+/// 2. [`begin`](Self::begin) acquires a vacant record for the claim's owner, with fence 1, and leaves every other
+///    record as it is. It answers [`Begin::Acquired`] again, with the same fence and a fresh lease, to the owner that
+///    already holds the record, and changes nothing else: a claim whose answer was lost can be repeated.
 /// 3. `begin` with [`Claim::takeover`] acquires an abandoned record whose owner and fence are those of the lease that
 ///    it names, and gives it the next fence and the claim's owner, fingerprint and retention. In every other state it
 ///    does what it does without: it acquires a vacant record, and answers what it found of any other.
 /// 4. [`complete`](Self::complete), [`renew`](Self::renew), [`release`](Self::release) and [`abandon`](Self::abandon)
 ///    change a record only if it is in progress and its owner is the lease's owner. Otherwise they fail with
-///    [`Fenced`](crate::StoreErrorKind::Fenced) and change nothing. The owner alone decides: a lease that is over but was not taken
-///    over still belongs to its owner, and may be completed. Repeating a `complete` or an `abandon` whose
+///    [`Fenced`](crate::StoreErrorKind::Fenced) and change nothing. The owner alone decides: a lease that is over but
+///    was not taken over still belongs to its owner, and may be completed. Repeating a `complete` or an `abandon` whose
 ///    answer was lost does no harm: it succeeds or is fenced.
 /// 5. The store's own clock counts leases and retentions. They end no earlier than asked. Durations that its clock
 ///    cannot count are for ever.

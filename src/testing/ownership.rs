@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Bench, Report, Subject, ensure, response};
 use crate::{
     error::{StoreError, StoreErrorKind},
-    record::{Begin, Lease, Retention},
+    record::{Begin, Claim, Lease, Retention},
     store::Store,
 };
 
@@ -103,11 +103,7 @@ async fn occupied(subject: &impl Subject) -> Checked {
     })?;
     bench.expect_in_progress(1).await?;
     let answer = response(b"first");
-    bench
-        .store
-        .complete(&lease, &answer, Retention::Forever)
-        .await
-        .map_err(failed)?;
+    bench.complete(&lease, &answer).await?;
     bench.expect_completed(1, &answer).await
 }
 
@@ -121,6 +117,14 @@ async fn repeated(subject: &impl Subject) -> Checked {
     // Two ticks and a half after the first claim, one and a half after the second.
     subject.pass(bench.tick * 3 / 2).await;
     bench.expect_in_progress(1).await?;
+    // Nothing but the lease is changed, whatever else the repetition says.
+    let other = Claim {
+        fingerprint: super::fingerprint(9),
+        ..claim.clone()
+    };
+    bench.acquire(&other).await?;
+    bench.expect_in_progress(1).await?;
+    subject.pass(bench.tick * 3 / 2).await;
     // And when it is over, it is still its own.
     subject.pass(bench.tick).await;
     let late = bench.acquire(&claim).await?;
@@ -193,11 +197,7 @@ async fn not_abandoned(subject: &impl Subject) -> Checked {
         format!("in progress, it found {begin:?}")
     })?;
     let answer = response(b"done");
-    bench
-        .store
-        .complete(&lease, &answer, Retention::Forever)
-        .await
-        .map_err(failed)?;
+    bench.complete(&lease, &answer).await?;
     let begin = bench.begin(&bench.claim(2)?.taking_over(lease)).await?;
     ensure(matches!(begin, Begin::Completed { .. }), || {
         format!("completed, it found {begin:?}")
@@ -222,11 +222,7 @@ async fn late_owner(subject: &impl Subject) -> Checked {
     all_fenced(&bench, &first).await?;
     bench.expect_in_progress(2).await?;
     let answer = response(b"of the second");
-    bench
-        .store
-        .complete(&second, &answer, Retention::Forever)
-        .await
-        .map_err(failed)?;
+    bench.complete(&second, &answer).await?;
     all_fenced(&bench, &first).await?;
     bench.expect_completed(2, &answer).await
 }
@@ -235,11 +231,7 @@ async fn late_complete(subject: &impl Subject) -> Checked {
     let (bench, lease) = lost(subject).await?;
     bench.expect_abandoned(1).await?;
     let answer = response(b"late");
-    bench
-        .store
-        .complete(&lease, &answer, Retention::Forever)
-        .await
-        .map_err(failed)?;
+    bench.complete(&lease, &answer).await?;
     bench.expect_completed(1, &answer).await
 }
 
@@ -254,11 +246,7 @@ async fn immutable(subject: &impl Subject) -> Checked {
     let claim = bench.claim(1)?;
     let lease = bench.acquire(&claim).await?;
     let answer = response(b"first");
-    bench
-        .store
-        .complete(&lease, &answer, Retention::Forever)
-        .await
-        .map_err(failed)?;
+    bench.complete(&lease, &answer).await?;
     // A repeated complete whose answer was lost may succeed, but then it changes nothing.
     let second = bench
         .store

@@ -162,10 +162,6 @@ async fn anew(subject: &impl Subject) -> Checked {
     super::ensure(lease.fence == 1, || format!("the new lease is {lease:?}"))?;
     bench.expect_in_progress(2).await?;
     let answer = response(b"new");
-    bench
-        .store
-        .complete(&lease, &answer, Retention::Forever)
-        .await
-        .map_err(failed)?;
+    bench.complete(&lease, &answer).await?;
     bench.expect_completed(2, &answer).await
 }

@@ -3,7 +3,7 @@
 use http::{HeaderMap, HeaderValue, StatusCode};
 
 use super::{Bench, Report, Subject, response};
-use crate::{codec::StoredResponse, error::StoreError, record::Retention, store::Store};
+use crate::codec::StoredResponse;
 
 pub(super) async fn check(subject: &impl Subject, report: &mut Report) {
     report.add(
@@ -19,10 +19,6 @@ pub(super) async fn check(subject: &impl Subject, report: &mut Report) {
 }
 
 type Checked = Result<(), String>;
-
-fn failed(error: StoreError) -> String {
-    format!("it failed: {error}")
-}
 
 async fn answers(subject: &impl Subject) -> Checked {
     let every_byte: Vec<u8> = (0..=255).collect();
@@ -40,11 +36,7 @@ async fn answers(subject: &impl Subject) -> Checked {
     ] {
         let bench = Bench::new(subject).await?;
         let lease = bench.acquire(&bench.claim(1)?).await?;
-        bench
-            .store
-            .complete(&lease, &answer, Retention::Forever)
-            .await
-            .map_err(failed)?;
+        bench.complete(&lease, &answer).await?;
         bench.expect_completed(1, &answer).await?;
     }
     Ok(())
@@ -54,10 +46,6 @@ async fn not_kept(subject: &impl Subject) -> Checked {
     let bench = Bench::new(subject).await?;
     let lease = bench.acquire(&bench.claim(1)?).await?;
     let answer = StoredResponse::not_kept(StatusCode::ACCEPTED);
-    bench
-        .store
-        .complete(&lease, &answer, Retention::Forever)
-        .await
-        .map_err(failed)?;
+    bench.complete(&lease, &answer).await?;
     bench.expect_completed(1, &answer).await
 }

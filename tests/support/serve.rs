@@ -80,7 +80,8 @@ async fn take(semaphore: &Semaphore) {
     semaphore.acquire().await.expect("it is never closed").forget();
 }
 
-/// A layer that tells when the request below it is over, and when it was dropped before it was answered: its client left.
+/// A layer that tells when the request below it is over, and when it was dropped before it was answered: its client
+/// left.
 #[derive(Clone, Debug)]
 pub struct Departures {
     left: Arc<Semaphore>,

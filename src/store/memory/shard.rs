@@ -96,7 +96,12 @@ impl Shard {
                                 response: response.clone(),
                             });
                         }
-                        State::InProgress { owner, fence, .. } if *owner == claim.owner => *fence,
+                        State::InProgress { owner, fence, .. } if *owner == claim.owner => {
+                            let own = Lease::new(*id, *owner, *fence);
+                            // It cannot fail: the record was just seen to be its own.
+                            let _ = self.renew(&own, nanos(claim.lease), now);
+                            return Ok(Begin::Acquired(own));
+                        }
                         State::InProgress { lease_until, .. } if *lease_until > now => {
                             return Ok(Begin::InProgress {
                                 fingerprint: record.fingerprint,
@@ -182,7 +187,8 @@ impl Shard {
         Ok(self.listeners(&lease.id))
     }
 
-    /// Removes up to `most` records whose time is over, and moves those whose lease has ended to the queue of their retention.
+    /// Removes up to `most` records whose time is over, and moves those whose lease has ended to the queue of their
+    /// retention.
     pub(super) fn remove_expired(&mut self, now: Time, most: usize, budget: &Budget) {
         for _ in 0..most {
             let Some(id) = self.expiry.pop(now) else { return };
