@@ -135,6 +135,9 @@ impl IdempotencyLayer {
     }
 
     /// What happens to an operation whose attempt was lost. Default: [`Guarantee::AtMostOnce`].
+    ///
+    /// Under [`Guarantee::AtLeastOnce`] a key is not free for another request once an attempt was lost, even if the
+    /// next attempt says that it did not execute: the lost one may have had its effect.
     #[must_use]
     pub fn guarantee(self, guarantee: Guarantee) -> Self {
         self.set(|policy| policy.guarantee = guarantee)
