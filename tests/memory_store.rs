@@ -6,6 +6,7 @@ mod support;
 use std::time::Duration;
 
 use http::StatusCode;
+use sha2::{Digest, Sha256};
 use support::app::{call, gated, keyed, open, pay, spawn};
 use tokio::time::advance;
 use tower_idempotency::{
@@ -15,12 +16,9 @@ use tower_idempotency::{
 
 const HOUR: Duration = Duration::from_secs(3600);
 
+/// As real ids are: hashes.
 fn id(number: u64) -> RecordId {
-    let mut bytes = [0; 32];
-    // Spread as a hash would be.
-    bytes[..8].copy_from_slice(&number.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
-    bytes[8..16].copy_from_slice(&number.to_le_bytes());
-    RecordId::from_bytes(bytes)
+    RecordId::from_bytes(Sha256::digest(number.to_le_bytes()).into())
 }
 
 async fn begin(store: &MemoryStore, number: u64) -> Result<Begin, StoreErrorKind> {
