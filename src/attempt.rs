@@ -61,10 +61,9 @@ impl<S> Exchange<S> {
         let request = Request::from_parts(parts, B::from_buffered(body));
         // Only what is needed from here on becomes part of the future.
         async move {
-            let policy = guard.policy();
             let (outcome, reply) = {
-                let call = pin!(call(service, request, policy));
-                judge(guard.hold(catch_panic(call)).await, lease, policy)
+                let call = pin!(call(service, request, guard.policy()));
+                judge(guard.hold(catch_panic(call)).await, &guard)
             };
             guard.settle(outcome).await;
             Step::Done(reply.unwrap_or_else(|panic| resume_unwind(panic)))
@@ -117,13 +116,14 @@ where
 }
 
 /// What the store is told, and what the caller gets.
-fn judge<R: Body, E>(ran: thread::Result<Ran<R, E>>, lease: Lease, policy: &Policy) -> (Outcome, Reply<R, E>) {
+fn judge<R: Body, E>(ran: thread::Result<Ran<R, E>>, guard: &Guard) -> (Outcome, Reply<R, E>) {
     // Of an operation whose earlier attempt was lost, this attempt can say for itself alone that it did not execute.
-    let not_executed = if lease.fence == 1 {
+    let not_executed = if guard.is_first() {
         Outcome::NotExecuted
     } else {
         Outcome::Unknown
     };
+    let policy = guard.policy();
     let answer = |parts, body| Ok(Ok(Response::from_parts(parts, body)));
     match ran {
         Err(panic) => (Outcome::Unknown, Err(panic)),

@@ -17,7 +17,7 @@
 //!
 //! The top bit of a value's length marks it as sensitive.
 
-use std::fmt;
+use std::{fmt, ops::Range};
 
 use bytes::{Buf, Bytes};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
@@ -31,6 +31,8 @@ const TRAILERS_ANNOUNCED: u8 = 4;
 /// In the length of a value: it is not to be logged or put into compression tables.
 const SENSITIVE: u32 = 1 << 31;
 const HEAD: usize = 20;
+const HEADERS_LENGTH: Range<usize> = 4..8;
+const TRAILERS_LENGTH: Range<usize> = 8..12;
 
 /// The answer of a completed operation as a store keeps it: one buffer that is cheap to clone and never changes.
 ///
@@ -59,8 +61,8 @@ impl StoredResponse {
         body: &[u8],
         trailers: Option<&HeaderMap>,
     ) -> Self {
-        let headers_length = fields_length(headers, &keep);
-        let trailers_length = trailers.map_or(0, |trailers| fields_length(trailers, &keep));
+        // Of all fields: few are dropped, and a little too much room is cheaper than judging each field twice.
+        let room = fields_length(headers) + trailers.map_or(0, fields_length);
         let mut flags = 0;
         if trailers.is_some() {
             flags |= TRAILERS;
@@ -68,21 +70,22 @@ impl StoredResponse {
         if headers.contains_key(http::header::TRAILER) {
             flags |= TRAILERS_ANNOUNCED;
         }
-        // Exact, so that the buffer is neither copied nor holds spare room.
-        let mut out = Vec::with_capacity(HEAD + headers_length + trailers_length + body.len());
-        push_head(&mut out, flags, status, [headers_length, trailers_length, body.len()]);
-        push_fields(&mut out, headers, &keep);
+        let mut out = Vec::with_capacity(HEAD + room + body.len());
+        push_head(&mut out, flags, status, body.len());
+        push_fields(&mut out, headers, &keep, HEADERS_LENGTH);
         if let Some(trailers) = trailers {
-            push_fields(&mut out, trailers, &keep);
+            push_fields(&mut out, trailers, &keep, TRAILERS_LENGTH);
         }
         out.extend_from_slice(body);
+        // What is kept for a day holds no spare room.
+        out.shrink_to_fit();
         Self { bytes: out.into() }
     }
 
     /// The operation is done and was answered with `status`, but the answer is not kept.
     pub fn not_kept(status: StatusCode) -> Self {
         let mut out = Vec::with_capacity(HEAD);
-        push_head(&mut out, NOT_KEPT, status, [0, 0, 0]);
+        push_head(&mut out, NOT_KEPT, status, 0);
         Self { bytes: out.into() }
     }
 
@@ -163,20 +166,21 @@ impl fmt::Debug for StoredResponse {
     }
 }
 
-fn push_head(out: &mut Vec<u8>, flags: u8, status: StatusCode, [headers, trailers, body]: [usize; 3]) {
+/// The lengths of headers and trailers are filled in once they are known.
+fn push_head(out: &mut Vec<u8>, flags: u8, status: StatusCode, body: usize) {
     out.extend_from_slice(&[VERSION, flags]);
     out.extend_from_slice(&status.as_u16().to_le_bytes());
-    out.extend_from_slice(&(headers as u32).to_le_bytes());
-    out.extend_from_slice(&(trailers as u32).to_le_bytes());
+    out.extend_from_slice(&[0; 8]);
     out.extend_from_slice(&(body as u64).to_le_bytes());
 }
 
-fn fields_length(fields: &HeaderMap, keep: impl Fn(&HeaderName) -> bool) -> usize {
-    let kept = fields.iter().filter(|(name, _)| keep(name));
-    kept.map(|(name, value)| 6 + name.as_str().len() + value.len()).sum()
+fn fields_length(fields: &HeaderMap) -> usize {
+    let lengths = fields.iter().map(|(name, value)| 6 + name.as_str().len() + value.len());
+    lengths.sum()
 }
 
-fn push_fields(out: &mut Vec<u8>, fields: &HeaderMap, keep: impl Fn(&HeaderName) -> bool) {
+fn push_fields(out: &mut Vec<u8>, fields: &HeaderMap, keep: impl Fn(&HeaderName) -> bool, length: Range<usize>) {
+    let start = out.len();
     for (name, value) in fields.iter().filter(|(name, _)| keep(name)) {
         out.extend_from_slice(&(name.as_str().len() as u16).to_le_bytes());
         let sensitive = if value.is_sensitive() { SENSITIVE } else { 0 };
@@ -184,6 +188,8 @@ fn push_fields(out: &mut Vec<u8>, fields: &HeaderMap, keep: impl Fn(&HeaderName)
         out.extend_from_slice(name.as_str().as_bytes());
         out.extend_from_slice(value.as_bytes());
     }
+    let written = (out.len() - start) as u32;
+    out[length].copy_from_slice(&written.to_le_bytes());
 }
 
 fn take_fields(rest: &mut Bytes, length: u32) -> Result<HeaderMap, StoreError> {

@@ -60,6 +60,11 @@ impl Guard {
         }
     }
 
+    /// Whether no attempt at the operation was lost before this one.
+    pub(crate) fn is_first(&self) -> bool {
+        self.lease.fence == 1
+    }
+
     pub(crate) fn policy(&self) -> &Policy {
         &self.shared.policy
     }
