@@ -12,7 +12,7 @@ use cpu_time::ThreadTime;
 use http::{HeaderValue, Method, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use tower::{Layer, Service, layer::util::Identity};
-use tower_idempotency::{IdempotencyLayer, MemoryStore};
+use tower_idempotency::{Idempotency, IdempotencyLayer, MemoryStore};
 
 const OPERATIONS: u64 = 2_000;
 const ROUNDS: usize = 61;
@@ -30,6 +30,11 @@ fn router() -> Router {
 
 fn protected(store: &MemoryStore) -> Router {
     router().layer(IdempotencyLayer::new(store.clone()))
+}
+
+/// The layer around the whole router: nothing is routed before it, and its answers are not boxed once more.
+fn outside(store: &MemoryStore) -> Idempotency<Router> {
+    IdempotencyLayer::new(store.clone()).layer(router())
 }
 
 /// Built anew for every operation and every contestant, so that what it costs is in both parts of a ratio.
@@ -124,16 +129,27 @@ where
 }
 
 /// A new key for every operation, over a store that holds `resident` records already.
-fn first(name: &'static str, target: Option<f64>, resident: MemoryStore) -> Contestant {
+fn first<S, B>(
+    name: &'static str,
+    target: Option<f64>,
+    resident: MemoryStore,
+    protect: fn(&MemoryStore) -> S,
+) -> Contestant
+where
+    S: Service<Request<Body>, Response = Response<B>> + 'static,
+    S::Error: std::fmt::Debug,
+    B: http_body::Body + Unpin + 'static,
+    B::Error: std::fmt::Debug,
+{
     let mut next = 1 << 40;
     let fresh = resident.is_empty();
-    let mut service = protected(&resident);
+    let mut service = protect(&resident);
     let mut before = Vec::new();
     let round = move |runtime: &tokio::runtime::Runtime, body: &Bytes| {
         if fresh {
             // Two stores old ones are dropped, so that their memory is used again as in a server that has been running
             // for a while, and not fetched from the system anew.
-            before.push(std::mem::replace(&mut service, protected(&MemoryStore::new())));
+            before.push(std::mem::replace(&mut service, protect(&MemoryStore::new())));
             if before.len() > 2 {
                 drop(before.remove(0));
             }
@@ -253,7 +269,6 @@ fn main() {
         fill(&runtime, &large, &body, RESIDENT);
     }
 
-    let outside = |store: &MemoryStore| IdempotencyLayer::new(store.clone()).layer(router());
     let mut contestants = vec![
         contestant("bare router", None, router(), request),
         contestant(
@@ -271,8 +286,9 @@ fn main() {
         contestant("not keyed, Router::layer", None, protected(&small), |_, body| {
             without_key(body)
         }),
-        first("first", Some(2.4), MemoryStore::new()),
-        first("first over 100 k keys", None, large.clone()),
+        first("first", Some(2.4), MemoryStore::new(), protected),
+        first("first, around the router", None, MemoryStore::new(), outside),
+        first("first over 100 k keys", None, large.clone(), protected),
         contestant("hot replay", Some(1.6), protected(&small), |_, body| request(7, body)),
         contestant("hot replay, around the router", None, outside(&small), |_, body| {
             request(7, body)
