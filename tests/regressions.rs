@@ -594,3 +594,58 @@ async fn a_waiter_whose_hints_mean_nothing_looks_a_hundred_times_in_a_second_at_
     let looks = store.looks.load(SeqCst);
     assert!(looks <= 510, "{looks} looks in five seconds");
 }
+
+/// As [`Overtaken`]; and from some moment on, what is begun is begun and nobody hears of it.
+#[derive(Clone, Default)]
+struct Silenced {
+    below: Overtaken,
+    silent: Arc<AtomicUsize>,
+}
+
+impl Store for Silenced {
+    async fn begin(&self, id: &RecordId, mine: &Claim) -> Result<Begin, StoreError> {
+        let begin = self.below.begin(id, mine).await;
+        if self.silent.load(SeqCst) > 0 {
+            return Err(StoreErrorKind::Unavailable.into());
+        }
+        begin
+    }
+    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
+        self.below.complete(lease, response, retention).await
+    }
+    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+        self.below.renew(lease, length).await
+    }
+    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.below.release(lease).await
+    }
+    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.below.abandon(lease).await
+    }
+    async fn changed(&self, id: &RecordId) {
+        self.below.changed(id).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_after_a_takeover_by_another_frees_the_key_if_nobody_hears_of_it() {
+    let store = Silenced::default();
+    let layer = IdempotencyLayer::new(store.clone())
+        .guarantee(Guarantee::AtLeastOnce)
+        .on_concurrent(Concurrent::Wait(Duration::from_secs(10)));
+    let app = answering(&open(), layer.clone(), |run, _, _| -> Response<Body> {
+        panic!("run {run} panics")
+    });
+    assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
+    let waiter = spawn(&app, keyed("k", "a"));
+    while layer.counters().waited == 0 {
+        tokio::task::yield_now().await;
+    }
+    let rival = store.below.rival.lock().unwrap().take().unwrap();
+    store.silent.store(1, SeqCst);
+    // The key is free; what the waiter begins now is no takeover.
+    store.below.memory.release(&rival).await.unwrap();
+    assert_eq!(waiter.await.unwrap().problem(), "store-unavailable");
+    layer.drain().finished().await;
+    assert_eq!(store.below.memory.len(), 0, "nothing ran, and nothing stayed behind");
+}
