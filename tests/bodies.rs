@@ -729,3 +729,113 @@ async fn every_kept_status_is_replayed_as_it_was() {
     }
     assert_eq!(effects.count(), kept.len());
 }
+
+#[tokio::test]
+async fn an_answer_without_a_body_may_announce_the_length_that_it_would_have() {
+    for (method, status) in [
+        (Method::HEAD, StatusCode::OK),
+        (Method::POST, StatusCode::NO_CONTENT),
+        (Method::POST, StatusCode::NOT_MODIFIED),
+    ] {
+        let service = ServiceBuilder::new()
+            .layer(layer().methods([method.clone()]))
+            .service_fn(move |_: Request<Full<Bytes>>| {
+                let answer = Response::builder().status(status).header("content-length", "5");
+                ready(Ok::<_, Infallible>(answer.body(Full::new(Bytes::new())).unwrap()))
+            });
+        let ask = async || {
+            let mut request = keyed("/", "one", "");
+            *request.method_mut() = method.clone();
+            whole(service.clone().oneshot(request).await.unwrap()).await.unwrap()
+        };
+        let first = ask().await;
+        assert_replay(&first, &ask().await);
+    }
+}
+
+/// The first answer and its retry, of a service that announces and sends two trailers.
+async fn announced(version: Version) -> (Answer, Answer) {
+    let service = ServiceBuilder::new()
+        .layer(layer())
+        .service_fn(|_: Request<Full<Bytes>>| {
+            let mut trailers = HeaderMap::new();
+            trailers.insert("x-checksum", HeaderValue::from_static("abc"));
+            trailers.insert("set-cookie", HeaderValue::from_static("session=1"));
+            let body = Full::new(Bytes::from("paid")).with_trailers(ready(Some(Ok(trailers))));
+            let answer = Response::builder().header("trailer", "x-checksum, set-cookie");
+            ready(Ok::<_, Infallible>(answer.body(body).unwrap()))
+        });
+    let ask = async || {
+        let mut request = keyed("/", "one", "");
+        *request.version_mut() = version;
+        whole(service.clone().oneshot(request).await.unwrap()).await.unwrap()
+    };
+    (ask().await, ask().await)
+}
+
+#[tokio::test]
+async fn a_replay_announces_its_trailers_only_where_the_version_asks_for_it() {
+    let (_, retry) = announced(Version::HTTP_11).await;
+    assert_eq!((retry.is_replay(), retry.header("trailer")), (true, Some("x-checksum")));
+    let (_, retry) = announced(Version::HTTP_2).await;
+    assert_eq!((retry.is_replay(), retry.header("trailer")), (true, None));
+}
+
+#[tokio::test]
+async fn fields_that_are_not_kept_are_not_kept_in_trailers_either() {
+    let (first, retry) = announced(Version::HTTP_2).await;
+    assert_eq!(first.trailers.unwrap().len(), 2);
+    let trailers = retry.trailers.unwrap();
+    assert_eq!((trailers.len(), &trailers["x-checksum"]), (1, &"abc".parse().unwrap()));
+}
+
+#[tokio::test]
+async fn every_type_that_is_a_stream_by_nature_is_not_kept() {
+    for (content_type, kept) in [
+        ("text/event-stream", false),
+        ("Text/Event-Stream; charset=utf-8", false),
+        ("multipart/x-mixed-replace; boundary=x", false),
+        ("Multipart/X-Mixed-Replace", false),
+        ("multipart/mixed; boundary=x", true),
+        ("text/plain", true),
+    ] {
+        let route = post(async move || ([("content-type", content_type)], "whole"));
+        let app = protected(route, layer());
+        assert_eq!(ask(&app, keyed("/", "one", "")).await.body, "whole");
+        let retry = ask(&app, keyed("/", "one", "")).await;
+        assert_eq!(retry.is_replay(), kept, "{content_type}");
+        if !kept {
+            assert_not_kept(&retry, StatusCode::OK);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_says_that_it_is_too_long_is_not_read_however_it_says_so() {
+    /// Says how long it is at least, and is not to be read.
+    struct Unread(u64);
+    impl http_body::Body for Unread {
+        type Data = Bytes;
+        type Error = Infallible;
+        fn poll_frame(
+            self: std::pin::Pin<&mut Self>,
+            _: &mut std::task::Context<'_>,
+        ) -> std::task::Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            panic!("it was read")
+        }
+        fn size_hint(&self) -> http_body::SizeHint {
+            let mut hint = http_body::SizeHint::new();
+            hint.set_lower(self.0);
+            hint
+        }
+    }
+    let app = protected(receive(&Effects::default()), layer().max_request_body(100));
+    let by_its_header = keyed("/", "one", "").map(|_| Body::new(Unread(0)));
+    let (mut parts, body) = by_its_header.into_parts();
+    parts.headers.insert("content-length", HeaderValue::from_static("101"));
+    let by_its_header = Request::from_parts(parts, body);
+    let by_its_body = keyed("/", "one", "").map(|_| Body::new(Unread(101)));
+    for request in [by_its_header, by_its_body] {
+        assert_eq!(ask(&app, request).await.status, StatusCode::PAYLOAD_TOO_LARGE);
+    }
+}

@@ -294,3 +294,18 @@ async fn the_body_of_an_answer_is_complete_before_it_is_given_out() {
     drop(response.into_body().frame());
     assert!(call(&app, keyed("k", "a")).await.is_replay());
 }
+
+#[tokio::test(start_paused = true)]
+async fn everybody_who_drains_is_told_of_the_end() {
+    let layer = IdempotencyLayer::new(MemoryStore::new());
+    let control = gated();
+    let app = pay(&control, layer.clone());
+    let client = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    client.abort();
+    let _ = client.await;
+    let (one, other) = (layer.drain(), layer.drain());
+    let minute = Duration::from_secs(60);
+    let (one, other, ()) = tokio::join!(one.within(minute), other.within(minute), async { control.let_go() });
+    assert_eq!((one, other), (Ok(()), Ok(())));
+}

@@ -958,3 +958,19 @@ mod grpc {
         assert_eq!(effects.count(), 2);
     }
 }
+
+#[tokio::test]
+async fn a_request_without_its_store_takes_a_place_below_like_any_other() {
+    let store = crate::support::faulty::FaultyStore::default();
+    store.down(crate::support::faulty::Fault::Error(
+        tower_idempotency::StoreErrorKind::Unavailable,
+    ));
+    let layer = IdempotencyLayer::new(store).dangerously_run_without_store();
+    let service = two_places(layer, &Gate::closed());
+    let (sender, body) = channel();
+    let mut slow = pin!(service.clone().oneshot(keyed("/", "one", "").map(|_| body)));
+    // The place is given back while the body arrives.
+    assert!(poll!(&mut slow).is_pending());
+    drop(sender);
+    assert_eq!(slow.await.unwrap().status(), StatusCode::OK);
+}

@@ -87,6 +87,7 @@ async fn every_flaw_is_found_under_the_sentence_that_it_breaks() {
         (Flaw::LeasesTooShort, 5),
         (Flaw::ForgetsTheRenewal, 5),
         (Flaw::ForgetsWhatWasAbandoned, 6),
+        (Flaw::ForgetsALeaseTooEarly, 6),
         (Flaw::CountsRetentionFromTheBeginning, 6),
         (Flaw::ForgetsWhatIsForEver, 6),
         (Flaw::NeverForgets, 6),
@@ -144,6 +145,7 @@ enum Flaw {
     LeasesTooShort,
     ForgetsTheRenewal,
     ForgetsWhatWasAbandoned,
+    ForgetsALeaseTooEarly,
     CountsRetentionFromTheBeginning,
     ForgetsWhatIsForEver,
     NeverForgets,
@@ -164,6 +166,7 @@ impl Record {
             Some((_, retention, _)) if flaw == Flaw::CountsRetentionFromTheBeginning => (self.begun, *retention),
             Some((_, retention, at)) => (*at, *retention),
             None if flaw == Flaw::ForgetsWhatWasAbandoned => return self.lease_until,
+            None if flaw == Flaw::ForgetsALeaseTooEarly => (self.begun, self.keep),
             None => (self.lease_until, self.keep),
         };
         match keep {

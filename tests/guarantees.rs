@@ -305,3 +305,53 @@ async fn a_store_is_usable_by_itself() {
     store.release(&lease).await.unwrap();
     assert_eq!(store.release(&lease).await.unwrap_err().kind(), StoreErrorKind::Fenced);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_was_lost_is_not_renewed_any_more() {
+    let store = FaultyStore::default();
+    let control = gated();
+    let app = pay(&control, IdempotencyLayer::new(store.clone()));
+    store.fail(Op::Renew, [Fault::Error(StoreErrorKind::Fenced)]);
+    let client = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    sleep(10 * MINUTE).await;
+    assert_eq!(store.calls(Op::Renew), 1);
+    control.let_go();
+    assert_eq!(client.await.unwrap().status, StatusCode::CREATED);
+}
+
+#[tokio::test]
+async fn a_panic_goes_on_to_the_caller_as_it_was() {
+    let layer = IdempotencyLayer::new(MemoryStore::new());
+    let app = answering(&open(), layer, |_, _, _| std::panic::panic_any(42_u8));
+    let panic = spawn(&app, keyed("k", "a")).await.unwrap_err().into_panic();
+    assert_eq!(panic.downcast_ref::<u8>(), Some(&42));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_is_a_minute_unless_it_is_set() {
+    let store = FaultyStore::default();
+    let control = gated();
+    let app = pay(&control, IdempotencyLayer::new(store.clone()));
+    store.fail(Op::Renew, [Fault::Error(StoreErrorKind::Fenced)]);
+    let _client = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    advance(MINUTE - Duration::from_millis(1)).await;
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "request-in-progress");
+    advance(Duration::from_millis(1)).await;
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "outcome-unknown");
+}
+
+#[tokio::test]
+async fn the_service_that_was_polled_ready_is_the_one_that_is_called() {
+    let inner = service_fn(async |_: Request<Body>| Ok::<_, Infallible>(Response::new(Body::empty())));
+    let mut service = tower::ServiceBuilder::new()
+        .layer(IdempotencyLayer::new(MemoryStore::new()))
+        .concurrency_limit(1)
+        .service(inner);
+    let call = service.ready().await.unwrap().call(keyed("k", "a"));
+    // The only place below is the one that was reserved for this call, and the service stays.
+    let mut call = std::pin::pin!(call);
+    assert!(futures_util::poll!(&mut call).is_ready());
+    assert!(futures_util::poll!(service.ready()).is_ready());
+}

@@ -232,3 +232,148 @@ async fn under_contention_every_record_is_accounted_for() {
     }
     assert_eq!(store.len(), left);
 }
+
+#[tokio::test]
+async fn a_full_store_is_counted_as_a_fault_of_the_store() {
+    let layer = IdempotencyLayer::new(MemoryStore::builder().max_records(0).build());
+    let app = pay(&open(), layer.clone());
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "store-full");
+    assert!(layer.counters().store_errors > 0);
+}
+
+/// What one record takes while it is in progress.
+async fn bytes_of_a_record() -> u64 {
+    let store = MemoryStore::new();
+    acquire(&store, 0).await;
+    store.bytes()
+}
+
+#[tokio::test]
+async fn a_budget_in_bytes_is_used_to_the_last_one_and_a_refusal_takes_nothing() {
+    let store = MemoryStore::builder().max_bytes(3 * bytes_of_a_record().await).build();
+    for number in 0..3 {
+        acquire(&store, number).await;
+    }
+    let before = (store.len(), store.bytes());
+    assert_eq!(begin(&store, 3).await.unwrap_err(), StoreErrorKind::Full);
+    assert_eq!((store.len(), store.bytes()), before);
+}
+
+#[tokio::test]
+async fn that_an_answer_is_not_kept_is_kept_without_room() {
+    let store = MemoryStore::builder().max_bytes(bytes_of_a_record().await).build();
+    let lease = acquire(&store, 0).await;
+    let answer = StoredResponse::not_kept(StatusCode::OK);
+    store.complete(&lease, &answer, Retention::For(HOUR)).await.unwrap();
+    assert!(matches!(begin(&store, 0).await, Ok(Begin::Completed { .. })));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_record_without_an_end_is_kept_for_its_lease_and_then_for_its_retention() {
+    let store = MemoryStore::new();
+    acquire(&store, 0).await;
+    advance(HOUR + Duration::from_secs(59)).await;
+    assert!(matches!(begin(&store, 0).await, Ok(Begin::Abandoned { .. })));
+    advance(Duration::from_secs(1)).await;
+    acquire(&store, 0).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_forgotten_belongs_to_nobody() {
+    let store = MemoryStore::new();
+    let lease = acquire(&store, 0).await;
+    advance(HOUR + Duration::from_secs(60)).await;
+    for result in [
+        store.renew(&lease, HOUR).await,
+        store.abandon(&lease).await,
+        store.release(&lease).await,
+    ] {
+        assert_eq!(result.unwrap_err().kind(), StoreErrorKind::Fenced);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_is_forgotten_on_time_however_many_expired_before_it() {
+    let store = MemoryStore::new();
+    for number in 0..2000 {
+        complete(&store, number, HOUR).await;
+    }
+    advance(HOUR).await;
+    // The last of each part of the store first: those before it are still there.
+    for number in (0..2000).rev() {
+        let lease = acquire(&store, number).await;
+        store.release(&lease).await.unwrap();
+    }
+    assert_eq!((store.len(), store.bytes()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn records_among_many_that_were_released_keep_their_own_ends() {
+    let store = MemoryStore::new();
+    let mut running = Vec::new();
+    for number in 0..20_000 {
+        let lease = acquire(&store, number).await;
+        if number % 5 == 0 {
+            running.push(lease);
+        } else {
+            store.release(&lease).await.unwrap();
+        }
+    }
+    let answer = StoredResponse::not_kept(StatusCode::OK);
+    for (lease, hours) in running.iter().zip((1..=2).cycle()) {
+        let kept = Retention::For(hours * HOUR);
+        store.complete(lease, &answer, kept).await.unwrap();
+    }
+    let completed = running.len() as u64;
+    assert_eq!(store.len(), completed);
+    advance(HOUR).await;
+    // Enough steps to reach every part of the store.
+    for number in 100_000..110_000 {
+        let lease = acquire(&store, number).await;
+        store.release(&lease).await.unwrap();
+    }
+    assert_eq!(store.len(), completed / 2);
+    advance(HOUR).await;
+    for number in 200_000..210_000 {
+        let lease = acquire(&store, number).await;
+        store.release(&lease).await.unwrap();
+    }
+    assert_eq!((store.len(), store.bytes()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_after_a_takeover_is_kept_for_its_own_retention() {
+    let store = MemoryStore::new();
+    let lost = acquire(&store, 0).await;
+    store.abandon(&lost).await.unwrap();
+    let claim = Claim::new(
+        Fingerprint::new(1, [0; 32]),
+        Owner::random().unwrap(),
+        Duration::from_secs(60),
+        Retention::For(HOUR),
+    );
+    let Ok(Begin::Acquired(lease)) = store.begin(&id(0), &claim.taking_over(lost)).await else {
+        panic!("it was to be taken over");
+    };
+    let answer = StoredResponse::not_kept(StatusCode::OK);
+    store.complete(&lease, &answer, Retention::For(3 * HOUR)).await.unwrap();
+    advance(2 * HOUR).await;
+    assert!(matches!(begin(&store, 0).await, Ok(Begin::Completed { .. })));
+}
+
+#[test]
+fn a_listener_that_is_dropped_leaves_nothing_behind() {
+    let store = MemoryStore::new();
+    let listen = |numbers: std::ops::Range<u64>| {
+        for number in numbers {
+            let id = id(number);
+            let mut changed = std::pin::pin!(store.changed(&id));
+            let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+            assert!(changed.as_mut().poll(&mut context).is_pending());
+        }
+    };
+    // The maps get their first room.
+    listen(0..1000);
+    let counted = allocation_counter::measure(|| listen(1000..11_000));
+    assert!(counted.bytes_current < 1000, "{} bytes are left", counted.bytes_current);
+}

@@ -14,6 +14,7 @@ use std::{
 use axum::{Router, body::Body, response::IntoResponse};
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, StatusCode};
+use sha2::{Digest, Sha256};
 use support::{
     app::{Control, answering, call, gated, keyed, open, pay, spawn},
     faulty::{Fault, FaultyStore, Op},
@@ -311,11 +312,9 @@ async fn a_lost_attempt_keeps_its_key_from_other_requests_even_if_the_next_did_n
 
 // ---- the memory store
 
+/// As real ids are: hashes.
 fn id(number: u64) -> RecordId {
-    let mut bytes = [0; 32];
-    bytes[..8].copy_from_slice(&number.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
-    bytes[8..16].copy_from_slice(&number.to_le_bytes());
-    RecordId::from_bytes(bytes)
+    RecordId::from_bytes(Sha256::digest(number.to_le_bytes()).into())
 }
 
 #[tokio::test(start_paused = true)]
@@ -497,4 +496,155 @@ async fn a_takeover_takes_the_attempt_that_was_seen_and_no_other_of_the_same_fen
     let answer = call(&app, keyed("k", "a")).await;
     assert_eq!(control.runs(), 1, "it ran under another request's key: {answer:?}");
     assert_eq!(answer.problem(), "idempotency-key-reused");
+}
+
+// ---- stores that go their own way
+
+/// Finds a lost attempt whatever it is asked for.
+#[derive(Clone, Default)]
+struct Stubborn(Arc<AtomicUsize>);
+
+impl Store for Stubborn {
+    async fn begin(&self, id: &RecordId, mine: &Claim) -> Result<Begin, StoreError> {
+        assert!(self.0.fetch_add(1, SeqCst) < 10, "it is asked for ever");
+        Ok(Begin::Abandoned {
+            fingerprint: mine.fingerprint,
+            lost: Lease::new(*id, Owner::from_bytes([1; 16]), 1),
+        })
+    }
+    async fn complete(&self, _: &Lease, _: &StoredResponse, _: Retention) -> Result<(), StoreError> {
+        Ok(())
+    }
+    async fn renew(&self, _: &Lease, _: Duration) -> Result<(), StoreError> {
+        Ok(())
+    }
+    async fn release(&self, _: &Lease) -> Result<(), StoreError> {
+        Ok(())
+    }
+    async fn abandon(&self, _: &Lease) -> Result<(), StoreError> {
+        Ok(())
+    }
+    async fn changed(&self, _: &RecordId) {}
+}
+
+#[tokio::test]
+async fn a_store_that_takes_nothing_over_is_not_asked_for_ever() {
+    let control = open();
+    let layer = IdempotencyLayer::new(Stubborn::default()).guarantee(Guarantee::AtLeastOnce);
+    let answer = call(&pay(&control, layer), keyed("k", "a")).await;
+    assert_eq!((&*answer.problem(), control.runs()), ("store-unavailable", 0));
+}
+
+/// The attempt that seemed lost shows a sign of life just before the first takeover.
+#[derive(Clone, Default)]
+struct Revived {
+    memory: MemoryStore,
+    takeovers: Arc<AtomicUsize>,
+}
+
+impl Store for Revived {
+    async fn begin(&self, id: &RecordId, mine: &Claim) -> Result<Begin, StoreError> {
+        if let Some(lost) = mine.takeover {
+            if self.takeovers.fetch_add(1, SeqCst) == 0 {
+                self.memory.renew(&lost, Duration::from_secs(2)).await?;
+            }
+        }
+        self.memory.begin(id, mine).await
+    }
+    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
+        self.memory.complete(lease, response, retention).await
+    }
+    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+        self.memory.renew(lease, length).await
+    }
+    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.memory.release(lease).await
+    }
+    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.memory.abandon(lease).await
+    }
+    async fn changed(&self, id: &RecordId) {
+        self.memory.changed(id).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_came_back_and_is_lost_again_is_taken_over_then() {
+    let layer = IdempotencyLayer::new(Revived::default())
+        .guarantee(Guarantee::AtLeastOnce)
+        .on_concurrent(Concurrent::Wait(Duration::from_secs(10)));
+    let app = answering(&open(), layer, |run, attempt, _| {
+        assert!(run > 1, "the first run panics");
+        format!("attempt {attempt}").into_response()
+    });
+    assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
+    assert_eq!(call(&app, keyed("k", "a")).await.body, "attempt 2");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_whose_hints_mean_nothing_looks_a_hundred_times_in_a_second_at_most() {
+    let store = Restless::default();
+    let layer = IdempotencyLayer::new(store.clone()).on_concurrent(Concurrent::Wait(Duration::from_secs(5)));
+    let control = gated();
+    let app = pay(&control, layer);
+    let _first = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "request-in-progress");
+    let looks = store.looks.load(SeqCst);
+    assert!(looks <= 510, "{looks} looks in five seconds");
+}
+
+/// As [`Overtaken`]; and from some moment on, what is begun is begun and nobody hears of it.
+#[derive(Clone, Default)]
+struct Silenced {
+    below: Overtaken,
+    silent: Arc<AtomicUsize>,
+}
+
+impl Store for Silenced {
+    async fn begin(&self, id: &RecordId, mine: &Claim) -> Result<Begin, StoreError> {
+        let begin = self.below.begin(id, mine).await;
+        if self.silent.load(SeqCst) > 0 {
+            return Err(StoreErrorKind::Unavailable.into());
+        }
+        begin
+    }
+    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
+        self.below.complete(lease, response, retention).await
+    }
+    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+        self.below.renew(lease, length).await
+    }
+    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.below.release(lease).await
+    }
+    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.below.abandon(lease).await
+    }
+    async fn changed(&self, id: &RecordId) {
+        self.below.changed(id).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_after_a_takeover_by_another_frees_the_key_if_nobody_hears_of_it() {
+    let store = Silenced::default();
+    let layer = IdempotencyLayer::new(store.clone())
+        .guarantee(Guarantee::AtLeastOnce)
+        .on_concurrent(Concurrent::Wait(Duration::from_secs(10)));
+    let app = answering(&open(), layer.clone(), |run, _, _| -> Response<Body> {
+        panic!("run {run} panics")
+    });
+    assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
+    let waiter = spawn(&app, keyed("k", "a"));
+    while layer.counters().waited == 0 {
+        tokio::task::yield_now().await;
+    }
+    let rival = store.below.rival.lock().unwrap().take().unwrap();
+    store.silent.store(1, SeqCst);
+    // The key is free; what the waiter begins now is no takeover.
+    store.below.memory.release(&rival).await.unwrap();
+    assert_eq!(waiter.await.unwrap().problem(), "store-unavailable");
+    layer.drain().finished().await;
+    assert_eq!(store.below.memory.len(), 0, "nothing ran, and nothing stayed behind");
 }

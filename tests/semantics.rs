@@ -570,3 +570,58 @@ async fn a_key_names_one_operation_on_each_route() {
         "the same route with another path is not"
     );
 }
+
+#[tokio::test]
+async fn a_key_that_is_required_is_not_asked_of_methods_that_are_not_covered() {
+    let (store, layer) = layer();
+    let app = axum::Router::new()
+        .route("/pay", axum::routing::any(async || "passed"))
+        .layer(layer.require_key());
+    assert_eq!(call(&app, request("GET", "/pay", &[], "")).await.body, "passed");
+    assert_eq!(
+        call(&app, request("POST", "/pay", &[], "")).await.status,
+        StatusCode::BAD_REQUEST
+    );
+    assert!(store.is_empty());
+}
+
+#[tokio::test]
+async fn every_authorization_header_counts_for_the_default_scope() {
+    let (_, layer) = layer();
+    let app = pay(&open(), layer);
+    let with = |second| {
+        let headers = [
+            ("idempotency-key", "k"),
+            ("authorization", "one"),
+            ("authorization", second),
+        ];
+        request("POST", "/pay", &headers, "a")
+    };
+    assert!(!call(&app, with("two")).await.is_replay());
+    assert!(!call(&app, with("three")).await.is_replay());
+    assert!(call(&app, with("two")).await.is_replay());
+}
+
+#[tokio::test]
+async fn a_request_and_an_answer_of_a_mebibyte_are_taken_and_not_a_byte_more() {
+    const MEBIBYTE: usize = 1 << 20;
+    let (_, layer) = layer();
+    let app = answering(&open(), layer, |_, _, body| {
+        let length = std::str::from_utf8(&body).unwrap().trim().parse().unwrap();
+        vec![b'x'; length].into_response()
+    });
+    let sized = |key: &str, length: usize, answer: usize| {
+        let mut body = answer.to_string();
+        body.extend(std::iter::repeat_n(' ', length - body.len()));
+        keyed(key, "").map(|_| Body::from(body))
+    };
+    assert_eq!(call(&app, sized("a", MEBIBYTE, 1)).await.status, StatusCode::OK);
+    assert_eq!(
+        call(&app, sized("b", MEBIBYTE + 1, 1)).await.status,
+        StatusCode::PAYLOAD_TOO_LARGE
+    );
+    for (key, answer, kept) in [("c", MEBIBYTE, true), ("d", MEBIBYTE + 1, false)] {
+        assert_eq!(call(&app, sized(key, 100, answer)).await.body.len(), answer);
+        assert_eq!(call(&app, sized(key, 100, answer)).await.is_replay(), kept);
+    }
+}

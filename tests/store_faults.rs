@@ -252,6 +252,8 @@ async fn outcomes_that_wait_for_the_store_are_bounded() {
     store.down(DOWN);
     for key in 0..2000 {
         call(&app, keyed(&format!("key-{key}"), "a")).await;
+        // Each begins to wait: a place is held until the store was told, not until the task starts.
+        tokio::task::yield_now().await;
     }
     assert_eq!(layer.drain().running(), 1024);
     store.up();
@@ -282,4 +284,52 @@ async fn a_record_of_an_unknown_fingerprint_is_neither_replayed_nor_run_again() 
         call(&newer, keyed("old", "b")).await.problem(),
         "idempotency-key-reused"
     );
+}
+
+#[test]
+fn bytes_of_no_known_form_are_no_stored_answer() {
+    use tower_idempotency::StoredResponse;
+    let good = StoredResponse::not_kept(StatusCode::OK).as_bytes().to_vec();
+    assert!(StoredResponse::from_bytes(good.clone().into()).is_ok());
+    for (at, value, kind) in [
+        (0, 0, StoreErrorKind::Corrupt),
+        (0, 2, StoreErrorKind::NewerVersion),
+        (1, 8, StoreErrorKind::Corrupt),
+        (1, 128, StoreErrorKind::Corrupt),
+    ] {
+        let mut bytes = good.clone();
+        bytes[at] = value;
+        let error = StoredResponse::from_bytes(bytes.into()).unwrap_err();
+        assert_eq!(error.kind(), kind, "{value} at {at}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_runs_without_the_store_only_where_the_store_is_away() {
+    for (kind, problem) in [
+        (StoreErrorKind::Unavailable, None),
+        (StoreErrorKind::Other, None),
+        (StoreErrorKind::Full, Some("store-full")),
+        (StoreErrorKind::Corrupt, Some("record-unreadable")),
+        (StoreErrorKind::NewerVersion, Some("record-from-newer-version")),
+        (StoreErrorKind::Fenced, Some("store-unavailable")),
+    ] {
+        let (store, layer, control, _) = faulty();
+        let app = pay(&control, layer.dangerously_run_without_store());
+        store.down(Fault::Error(kind));
+        let answer = call(&app, keyed("k", "a")).await;
+        match problem {
+            None => assert_eq!(answer.body, "run 1 attempt 0: a", "{kind:?}"),
+            Some(problem) => assert_eq!((&*answer.problem(), control.runs()), (problem, 0), "{kind:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_lost_lease_is_counted_as_such_and_not_as_a_fault_of_the_store() {
+    let (store, layer, _, app) = faulty();
+    store.fail(Op::Complete, [Fault::Error(StoreErrorKind::Fenced)]);
+    assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::CREATED);
+    let counters = layer.counters();
+    assert_eq!((counters.fenced, counters.store_errors), (1, 0));
 }

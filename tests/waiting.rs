@@ -9,11 +9,11 @@ use axum::response::IntoResponse;
 use http::StatusCode;
 use support::{
     app::{Control, answering, call, gated, keyed, pay, spawn},
-    faulty::{FaultyStore, Op},
+    faulty::{Fault, FaultyStore, Op},
     http::Answer,
 };
 use tokio::{task::JoinHandle, time::Instant};
-use tower_idempotency::{Concurrent, Guarantee, IdempotencyLayer, MemoryStore, Store};
+use tower_idempotency::{Concurrent, Guarantee, IdempotencyLayer, MemoryStore, Store, StoreErrorKind};
 
 const WAIT: Duration = Duration::from_secs(5);
 
@@ -256,11 +256,16 @@ async fn a_waiter_finds_the_answer_although_every_hint_is_lost() {
     let layer = waiting(store);
     let control = gated();
     let (_, first, others) = first_and_waiters(&layer, &control, 3).await;
+    let start = Instant::now();
     control.let_go();
     first.await.unwrap();
     for other in others {
         assert!(other.await.unwrap().is_replay());
     }
+    assert!(
+        start.elapsed() < Duration::from_millis(1100),
+        "it looks once in a second"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -276,5 +281,96 @@ async fn no_wake_up_is_lost_among_threads() {
         for client in clients {
             assert_eq!(client.await.unwrap().body, "run 1 attempt 1: a");
         }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wait_ends_when_it_was_to_end_and_not_at_the_next_look() {
+    let limit = Duration::from_millis(2500);
+    let layer = waiting(MemoryStore::new()).on_concurrent(Concurrent::Wait(limit));
+    let control = gated();
+    let start = Instant::now();
+    let (_, _first, mut others) = first_and_waiters(&layer, &control, 1).await;
+    assert_eq!(others.remove(0).await.unwrap().problem(), "request-in-progress");
+    assert!(
+        (limit..limit + Duration::from_millis(100)).contains(&start.elapsed()),
+        "after {:?}",
+        start.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_looks_again_when_the_lease_it_saw_is_over() {
+    let lease = Duration::from_millis(2500);
+    let store = FaultyStore::default();
+    let layer = waiting(store.clone()).lease(lease);
+    let control = gated();
+    store.fail(Op::Renew, [Fault::Error(StoreErrorKind::Fenced)]);
+    let start = Instant::now();
+    let (_, _first, mut others) = first_and_waiters(&layer, &control, 1).await;
+    assert_eq!(others.remove(0).await.unwrap().problem(), "outcome-unknown");
+    assert!(
+        (lease..lease + Duration::from_millis(100)).contains(&start.elapsed()),
+        "after {:?}",
+        start.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_that_has_to_wait_again_is_told_at_once_again() {
+    let layer = waiting(MemoryStore::new()).guarantee(Guarantee::AtLeastOnce);
+    let control = gated();
+    let app = answering(&control, layer.clone(), |run, attempt, _| {
+        assert!(run > 1, "the first handler panics");
+        format!("attempt {attempt}").into_response()
+    });
+    let first = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    let others: Vec<_> = (0..8).map(|_| spawn(&app, keyed("k", "a"))).collect();
+    waited(&layer, 8).await;
+    let start = Instant::now();
+    control.let_go();
+    assert!(first.await.unwrap_err().is_panic());
+    // One runs; the others were called as well, and wait again.
+    control.entered().await;
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    control.let_go();
+    for other in others {
+        assert_eq!(other.await.unwrap().body, "attempt 2");
+    }
+    assert_eq!(start.elapsed(), Duration::ZERO, "nobody waited for a timer");
+}
+
+#[tokio::test(start_paused = true)]
+async fn when_the_first_is_lost_every_waiter_is_told_at_once() {
+    let layer = waiting(MemoryStore::new());
+    let control = gated();
+    let app = answering(&control, layer.clone(), |_, _, _| panic!("the handler panics"));
+    let first = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    let others: Vec<_> = (0..5).map(|_| spawn(&app, keyed("k", "a"))).collect();
+    waited(&layer, 5).await;
+    let start = Instant::now();
+    control.let_go();
+    assert!(first.await.unwrap_err().is_panic());
+    for other in others {
+        assert_eq!(other.await.unwrap().problem(), "outcome-unknown");
+    }
+    assert_eq!(start.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test(start_paused = true)]
+async fn for_each_key_128_may_wait_unless_it_is_set() {
+    let layer = waiting(MemoryStore::new());
+    let control = gated();
+    let (app, _first, others) = first_and_waiters(&layer, &control, 128).await;
+    let start = Instant::now();
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "request-in-progress");
+    assert_eq!(start.elapsed(), Duration::ZERO, "one more does not wait");
+    control.let_go();
+    for other in others {
+        assert!(other.await.unwrap().is_replay());
     }
 }

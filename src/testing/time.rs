@@ -39,6 +39,11 @@ pub(super) async fn check(subject: &impl Subject, report: &mut Report) {
     );
     report.add(
         6,
+        "a record that nobody ended is kept for its lease and the claim's retention",
+        never_ended(subject).await,
+    );
+    report.add(
+        6,
         "a renewed and lost record is kept for the claim's retention",
         renewed_and_lost(subject).await,
     );
@@ -135,6 +140,16 @@ async fn abandoned(subject: &impl Subject) -> Checked {
     bench.expect_abandoned(1).await?;
     // Two ticks later than it would be due if the lease still counted.
     subject.pass(bench.tick * 3).await;
+    bench.expect_vacant().await
+}
+
+async fn never_ended(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    bench.acquire(&bench.claim(1)?).await?;
+    // The lease ends at 2 and the record at 6, without a word from its owner.
+    subject.pass(bench.tick * 11 / 2).await;
+    bench.expect_abandoned(1).await?;
+    subject.pass(bench.tick * 2).await;
     bench.expect_vacant().await
 }
 
