@@ -24,6 +24,34 @@ use tower_idempotency::{
     Store, StoreError, StoreErrorKind, StoredResponse,
 };
 
+/// The endings of attempts go on to the store in this field, for stores of a test's making that change only how attempts
+/// begin.
+macro_rules! pass_on_endings {
+    ($field:tt) => {
+        async fn complete(&self, lease: &Lease, answer: &StoredResponse, keep: Retention) -> Result<(), StoreError> {
+            self.$field.complete(lease, answer, keep).await
+        }
+        async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+            self.$field.renew(lease, length).await
+        }
+        async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+            self.$field.release(lease).await
+        }
+        async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+            self.$field.abandon(lease).await
+        }
+    };
+}
+
+/// As [`pass_on_endings`], and hints of changes.
+macro_rules! pass_on_hints {
+    ($field:tt) => {
+        async fn changed(&self, id: &RecordId) {
+            self.$field.changed(id).await;
+        }
+    };
+}
+
 const HOUR: Duration = Duration::from_secs(3600);
 
 // ---- nested routers
@@ -161,18 +189,7 @@ impl Store for Restless {
         assert!(looks < 10_000, "a waiter spins");
         self.memory.begin(id, claim).await
     }
-    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
-        self.memory.complete(lease, response, retention).await
-    }
-    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
-        self.memory.renew(lease, length).await
-    }
-    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
-        self.memory.release(lease).await
-    }
-    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
-        self.memory.abandon(lease).await
-    }
+    pass_on_endings!(memory);
     async fn changed(&self, _: &RecordId) {}
 }
 
@@ -228,21 +245,8 @@ impl Store for Overtaken {
         }
         self.memory.begin(id, mine).await
     }
-    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
-        self.memory.complete(lease, response, retention).await
-    }
-    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
-        self.memory.renew(lease, length).await
-    }
-    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
-        self.memory.release(lease).await
-    }
-    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
-        self.memory.abandon(lease).await
-    }
-    async fn changed(&self, id: &RecordId) {
-        self.memory.changed(id).await;
-    }
+    pass_on_endings!(memory);
+    pass_on_hints!(memory);
 }
 
 /// The first run panics, and every other answers as it is told.
@@ -467,21 +471,8 @@ impl Store for Recreated {
         }
         memory.begin(id, mine).await
     }
-    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
-        self.0.complete(lease, response, retention).await
-    }
-    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
-        self.0.renew(lease, length).await
-    }
-    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
-        self.0.release(lease).await
-    }
-    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
-        self.0.abandon(lease).await
-    }
-    async fn changed(&self, id: &RecordId) {
-        self.0.changed(id).await;
-    }
+    pass_on_endings!(0);
+    pass_on_hints!(0);
 }
 
 #[tokio::test]
@@ -551,21 +542,8 @@ impl Store for Revived {
         }
         self.memory.begin(id, mine).await
     }
-    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
-        self.memory.complete(lease, response, retention).await
-    }
-    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
-        self.memory.renew(lease, length).await
-    }
-    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
-        self.memory.release(lease).await
-    }
-    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
-        self.memory.abandon(lease).await
-    }
-    async fn changed(&self, id: &RecordId) {
-        self.memory.changed(id).await;
-    }
+    pass_on_endings!(memory);
+    pass_on_hints!(memory);
 }
 
 #[tokio::test(start_paused = true)]
@@ -609,21 +587,8 @@ impl Store for Silenced {
         }
         begin
     }
-    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
-        self.below.complete(lease, response, retention).await
-    }
-    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
-        self.below.renew(lease, length).await
-    }
-    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
-        self.below.release(lease).await
-    }
-    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
-        self.below.abandon(lease).await
-    }
-    async fn changed(&self, id: &RecordId) {
-        self.below.changed(id).await;
-    }
+    pass_on_endings!(below);
+    pass_on_hints!(below);
 }
 
 #[tokio::test(start_paused = true)]
