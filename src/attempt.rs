@@ -5,6 +5,7 @@ use std::{
     future::{Future, poll_fn},
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     pin::{Pin, pin},
+    sync::Arc,
     task::Poll,
     thread,
 };
@@ -15,13 +16,17 @@ use tower_service::Service;
 
 use crate::{
     body::{self, BufferedBody, Kept, RequestBody, ResponseBody, Resumed},
+    claims::claim_others,
     codec::StoredResponse,
     extract::Attempt,
     flow::{Exchange, Step},
     grpc,
     guard::{Guard, Outcome},
+    identity::Identity,
+    keep::Keep,
+    key::IdempotencyKey,
     policy::{Policy, named_by_connection},
-    record::Lease,
+    record::{Lease, Retention},
 };
 
 /// What the service answered.
@@ -31,7 +36,9 @@ enum Ran<R: Body, E> {
     Failed(E),
     /// A status by which it says that it did not execute.
     NotExecuted(response::Parts, R),
-    Whole(response::Parts, BufferedBody),
+    /// To be kept for this long.
+    Whole(response::Parts, BufferedBody, Retention),
+    /// Not to be kept, by its nature or by the handler's word.
     Stream(response::Parts, R),
     OverLimit(response::Parts, Resumed<R>),
     Broken(response::Parts, Resumed<R>),
@@ -48,22 +55,54 @@ impl<S> Exchange<S> {
         B: RequestBody,
         R: Body,
     {
+        let guard = Guard::new(Arc::clone(&self.shared), lease);
+        self.run_guarded(guard)
+    }
+
+    /// As above, after the operation's other keys were claimed: all of them, or it does not run.
+    pub(crate) async fn claim_others_and_run<B, R>(self, lease: Lease) -> Step<S, R, S::Error>
+    where
+        S: Service<Request<B>, Response = Response<R>>,
+        B: RequestBody,
+        R: Body,
+    {
+        let guard = Guard::new(Arc::clone(&self.shared), lease);
+        let claimed = {
+            let claims = pin!(claim_others(&guard, &self.claim, &self.identity.others));
+            guard.hold(claims).await
+        };
+        match claimed {
+            Ok(()) => Box::pin(self.run_guarded(guard)).await,
+            Err(rejection) => {
+                guard.settle(Outcome::NotExecuted).await;
+                Step::Done(Ok(self.refuse(rejection)))
+            }
+        }
+    }
+
+    fn run_guarded<B, R>(self, guard: Guard) -> impl Future<Output = Step<S, R, S::Error>>
+    where
+        S: Service<Request<B>, Response = Response<R>>,
+        B: RequestBody,
+        R: Body,
+    {
         let Self {
-            shared,
             service,
             mut parts,
             body,
-            key,
+            identity: Identity { key, .. },
             ..
         } = self;
-        let guard = Guard::new(shared, lease);
+        guard.count_run();
+        let lease = guard.lease();
+        let marked = guard.policy().marks_answers().then(|| key.clone());
         parts.extensions.insert(Attempt::new(lease.id, key, lease.fence));
         let request = Request::from_parts(parts, B::from_buffered(body));
         // Only what is needed from here on becomes part of the future.
         async move {
             let (outcome, reply) = {
                 let call = pin!(call(service, request, guard.policy()));
-                judge(guard.hold(catch_panic(call)).await, &guard)
+                judge(guard.hold(catch_panic(call)).await, &guard, marked.as_ref())
             };
             guard.settle(outcome).await;
             Step::Done(reply.unwrap_or_else(|panic| resume_unwind(panic)))
@@ -99,16 +138,22 @@ where
             Ok(response) => response.into_parts(),
             Err(error) => return Ran::Failed(error),
         };
-        if !(policy.store_when)(grpc::http_status(&parts.headers).unwrap_or(parts.status)) {
-            return Ran::NotExecuted(parts, body);
-        }
+        let status = || grpc::http_status(&parts.headers).unwrap_or(parts.status);
+        let retention = match parts.extensions.get() {
+            Some(Keep::Nothing) => return Ran::NotExecuted(parts, body),
+            Some(Keep::OnlyTheFact) => return Ran::Stream(parts, body),
+            Some(Keep::AnswerFor(retention)) => *retention,
+            Some(Keep::Answer) => policy.kept_for(),
+            None if policy.store_when.holds(status()) => policy.kept_for(),
+            None => return Ran::NotExecuted(parts, body),
+        };
         if (policy.stream_when)(&parts) {
             return Ran::Stream(parts, body);
         }
         match body::keep(body, policy.max_response_body).await {
             // An answer without a body may announce the length that it would have with one.
             Kept::Whole(body) if !is_head && !is_complete(&parts, &body) => Ran::Broken(parts, Resumed::from(body)),
-            Kept::Whole(body) => Ran::Whole(parts, body),
+            Kept::Whole(body) => Ran::Whole(parts, body, retention),
             Kept::OverLimit(body) => Ran::OverLimit(parts, body),
             Kept::Broken(body) => Ran::Broken(parts, body),
         }
@@ -116,41 +161,39 @@ where
 }
 
 /// What the store is told, and what the caller gets.
-fn judge<R: Body, E>(ran: thread::Result<Ran<R, E>>, guard: &Guard) -> (Outcome, Reply<R, E>) {
-    // Of an operation whose earlier attempt was lost, this attempt can say for itself alone that it did not execute.
-    let not_executed = if guard.is_first() {
-        Outcome::NotExecuted
-    } else {
-        Outcome::Unknown
-    };
+fn judge<R: Body, E>(
+    ran: thread::Result<Ran<R, E>>,
+    guard: &Guard,
+    marked: Option<&IdempotencyKey>,
+) -> (Outcome, Reply<R, E>) {
     let policy = guard.policy();
     let answer = |parts, body| Ok(Ok(Response::from_parts(parts, body)));
+    let executed = |mut parts: response::Parts, body| {
+        if let Some(key) = marked {
+            policy.mark(key, &mut parts.headers);
+        }
+        answer(parts, body)
+    };
     match ran {
         Err(panic) => (Outcome::Unknown, Err(panic)),
         Ok(Ran::Failed(error)) => (Outcome::Unknown, Ok(Err(error))),
-        Ok(Ran::NotReady(error)) => (not_executed, Ok(Err(error))),
-        Ok(Ran::NotExecuted(parts, body)) => (not_executed, answer(parts, ResponseBody::passed(body))),
-        Ok(Ran::Whole(parts, body)) => (
-            write_down(&parts, &body, policy),
-            answer(parts, ResponseBody::buffered(body)),
+        Ok(Ran::NotReady(error)) => (Outcome::NotExecuted, Ok(Err(error))),
+        Ok(Ran::NotExecuted(parts, body)) => (Outcome::NotExecuted, answer(parts, ResponseBody::passed(body))),
+        Ok(Ran::Whole(parts, body, retention)) => (
+            Outcome::Completed(write_down(&parts, &body, policy), retention),
+            executed(parts, ResponseBody::buffered(body)),
         ),
-        Ok(Ran::Stream(parts, body)) => (not_kept(&parts), answer(parts, ResponseBody::passed(body))),
-        Ok(Ran::OverLimit(parts, body)) => (not_kept(&parts), answer(parts, ResponseBody::resumed(body))),
+        Ok(Ran::Stream(parts, body)) => (not_kept(&parts, policy), executed(parts, ResponseBody::passed(body))),
+        Ok(Ran::OverLimit(parts, body)) => (not_kept(&parts, policy), executed(parts, ResponseBody::resumed(body))),
         Ok(Ran::Broken(parts, body)) => (Outcome::Unknown, answer(parts, ResponseBody::resumed(body))),
     }
 }
 
-fn write_down(parts: &response::Parts, body: &BufferedBody, policy: &Policy) -> Outcome {
+fn write_down(parts: &response::Parts, body: &BufferedBody, policy: &Policy) -> StoredResponse {
     let connection = named_by_connection(&parts.headers);
     let keep = |name: &HeaderName| policy.keeps_header(name, &connection);
     let (data, trailers) = (body.data(), body.trailers());
-    Outcome::Completed(StoredResponse::encode(
-        parts.status,
-        &parts.headers,
-        keep,
-        data,
-        trailers,
-    ))
+    StoredResponse::encode(parts.status, &parts.headers, keep, data, trailers)
 }
 
 /// Whether the body is as long as its head says.
@@ -161,12 +204,12 @@ fn is_complete(parts: &response::Parts, body: &BufferedBody) -> bool {
         || length.is_none_or(|length| length == body.data().len())
 }
 
-fn not_kept(parts: &response::Parts) -> Outcome {
-    Outcome::Completed(StoredResponse::not_kept(parts.status))
+fn not_kept(parts: &response::Parts, policy: &Policy) -> Outcome {
+    Outcome::Completed(StoredResponse::not_kept(parts.status), policy.kept_for())
 }
 
 /// A service that was polled ready before says so again; one that gave its place back asks for another.
-async fn ready<S: Service<Q>, Q>(service: &mut S) -> Result<(), S::Error> {
+pub(crate) async fn ready<S: Service<Q>, Q>(service: &mut S) -> Result<(), S::Error> {
     poll_fn(|cx| service.poll_ready(cx)).await
 }
 

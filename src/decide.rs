@@ -23,14 +23,24 @@ pub(crate) enum Decision {
 }
 
 /// What to do about a record. Knows no store, no clock and no request.
-pub(crate) fn decide(begin: Begin, comparison: Comparison, guarantee: Guarantee, concurrent: Concurrent) -> Decision {
+///
+/// `duplicates` is how the duplicate of a completed operation is refused, if it is not to get the answer.
+pub(crate) fn decide(
+    begin: Begin,
+    comparison: Comparison,
+    guarantee: Guarantee,
+    concurrent: Concurrent,
+    duplicates: Option<RejectionKind>,
+) -> Decision {
     let refuse = |kind| Decision::Refuse(Rejection::new(kind));
     match (begin, comparison) {
         (Begin::Acquired(lease), _) => Decision::Run(lease),
         (_, Comparison::Different) => refuse(RejectionKind::KeyReused),
         (_, Comparison::Unknown) => refuse(RejectionKind::RecordFromNewerVersion),
         (Begin::Completed { response, .. }, Comparison::Same) => {
-            if response.is_kept() {
+            if let Some(kind) = duplicates {
+                refuse(kind)
+            } else if response.is_kept() {
                 Decision::Replay(response)
             } else {
                 let rejection = Rejection::new(RejectionKind::ResponseNotKept);
@@ -128,11 +138,29 @@ mod tests {
             ("abandoned", Different, AtMostOnce, no, "idempotency-key-reused"),
             ("abandoned", Unknown, AtLeastOnce, no, "record-from-newer-version"),
         ] {
-            let decision = name(decide(find(state), comparison, guarantee, concurrent));
+            let decision = name(decide(find(state), comparison, guarantee, concurrent, None));
             assert_eq!(
                 decision, expected,
                 "{state}, {comparison:?}, {guarantee:?}, {concurrent:?}"
             );
+        }
+    }
+
+    #[test]
+    fn a_duplicate_that_is_to_be_told_so_gets_no_answer() {
+        use Comparison::{Different, Same};
+        for (state, comparison, expected) in [
+            ("acquired", Same, "run"),
+            ("kept", Same, "duplicate-request"),
+            ("not kept", Same, "duplicate-request"),
+            ("kept", Different, "idempotency-key-reused"),
+            // It may yet turn out that nothing was executed.
+            ("in progress", Same, "request-in-progress"),
+            ("abandoned", Same, "outcome-unknown"),
+        ] {
+            let (guarantee, duplicates) = (Guarantee::AtMostOnce, Some(RejectionKind::DuplicateRequest));
+            let decision = decide(find(state), comparison, guarantee, Concurrent::Refuse, duplicates);
+            assert_eq!(name(decision), expected, "{state}");
         }
     }
 
@@ -143,6 +171,7 @@ mod tests {
             Comparison::Same,
             Guarantee::AtMostOnce,
             Concurrent::Refuse,
+            None,
         );
         let Decision::Refuse(rejection) = decision else {
             unreachable!("it is refused")

@@ -6,7 +6,12 @@ use bytes::Bytes;
 use http::request::Parts;
 use sha2::{Digest, Sha256};
 
-use crate::scope::sent_uri;
+use crate::{
+    json::{self, JsonBody, Pointer},
+    record::RecordId,
+    rejection::Rejection,
+    scope::sent_uri,
+};
 
 /// A hash of the request that began a record, with the id of the algorithm that made it.
 ///
@@ -54,6 +59,8 @@ pub struct Fingerprinter(Kind);
 enum Kind {
     None,
     WholeRequest,
+    CanonicalJson,
+    JsonMembers(Arc<[Pointer]>),
     Custom(u8, Arc<Custom>),
 }
 
@@ -68,6 +75,10 @@ pub(crate) enum Comparison {
 
 const NONE: u8 = 0;
 const WHOLE_REQUEST: u8 = 1;
+const CANONICAL_JSON: u8 = 2;
+const JSON_MEMBERS: u8 = 3;
+/// Of a key that is claimed beside an operation's own: names that operation.
+const BESIDE: u8 = 4;
 
 impl Fingerprinter {
     /// The first id that [`custom`](Self::custom) may take; those below are the crate's own.
@@ -83,6 +94,41 @@ impl Fingerprinter {
         Self(Kind::None)
     }
 
+    /// SHA-256 over method, path with query, and the JSON value of the body, whatever the order of its members, its
+    /// white space and the form of its numbers and strings (RFC 8785). Algorithm 2.
+    ///
+    /// Two different values are never the same, numbers that no double can tell apart included. A body that is not
+    /// JSON, or has an object with two members of one name, is refused as
+    /// [`BodyUnreadable`](crate::RejectionKind::BodyUnreadable); an empty body is a value of its own. Costs about
+    /// thirty times as much as [`whole_request`](Self::whole_request).
+    pub fn canonical_json() -> Self {
+        Self(Kind::CanonicalJson)
+    }
+
+    /// SHA-256 over method, path with query, and the JSON values of chosen members of the body, by their JSON pointers
+    /// (RFC 6901; `*` stands for every element of an array). Nothing else in the body makes a request different.
+    /// Algorithm 3.
+    ///
+    /// A member that is not there is a value of its own. Bodies are refused as under
+    /// [`canonical_json`](Self::canonical_json). The pointers are part of the fingerprint: when they change, a retry of
+    /// what was begun before is refused.
+    ///
+    /// ```
+    /// # use tower_idempotency::Fingerprinter;
+    /// Fingerprinter::json_members(["/order/invoice_number", "/order/amount"]);
+    /// ```
+    ///
+    /// # Panics
+    /// If there is no pointer, or one is not a JSON pointer.
+    pub fn json_members<'a>(pointers: impl IntoIterator<Item = &'a str>) -> Self {
+        let pointers: Arc<[_]> = pointers.into_iter().map(Pointer::parse).collect();
+        assert!(
+            !pointers.is_empty(),
+            "without members every request would be the same; say `none` for that"
+        );
+        Self(Kind::JsonMembers(pointers))
+    }
+
     /// A digest of the caller's making. `algorithm` is kept in each record: give a changed closure a new id.
     ///
     /// # Panics
@@ -96,11 +142,28 @@ impl Fingerprinter {
         Self(Kind::Custom(algorithm, Arc::new(digest)))
     }
 
-    pub(crate) fn fingerprint(&self, parts: &Parts, body: &Bytes) -> Fingerprint {
-        match &self.0 {
+    /// # Errors
+    /// If the body has to be JSON and is not.
+    pub(crate) fn fingerprint(
+        &self,
+        parts: &Parts,
+        body: &Bytes,
+        json: &JsonBody<'_>,
+    ) -> Result<Fingerprint, Rejection> {
+        Ok(match &self.0 {
             Kind::None => Fingerprint::new(NONE, [0; 32]),
             Kind::WholeRequest => Fingerprint::new(WHOLE_REQUEST, whole_request(parts, body)),
+            Kind::CanonicalJson => Fingerprint::new(CANONICAL_JSON, canonical_json(parts, json)?),
+            Kind::JsonMembers(pointers) => Fingerprint::new(JSON_MEMBERS, json_members(parts, json, pointers)?),
             Kind::Custom(algorithm, digest) => Fingerprint::new(*algorithm, digest(parts, body)),
+        })
+    }
+
+    /// As above, to name a request that has no key: there is always something to tell it from others.
+    pub(crate) fn for_name(&self, parts: &Parts, body: &Bytes, own: &Fingerprint) -> Fingerprint {
+        match &self.0 {
+            Kind::None => Fingerprint::new(WHOLE_REQUEST, whole_request(parts, body)),
+            _ => *own,
         }
     }
 
@@ -108,8 +171,13 @@ impl Fingerprinter {
     pub(crate) fn compare(&self, stored: &Fingerprint, own: &Fingerprint, parts: &Parts, body: &Bytes) -> Comparison {
         let own = match stored.algorithm {
             same if same == own.algorithm => *own,
-            NONE => Self::none().fingerprint(parts, body),
-            WHOLE_REQUEST => Self::whole_request().fingerprint(parts, body),
+            NONE => Fingerprint::new(NONE, [0; 32]),
+            WHOLE_REQUEST => Fingerprint::new(WHOLE_REQUEST, whole_request(parts, body)),
+            // A body that cannot be read as JSON is not the one that could.
+            CANONICAL_JSON => match canonical_json(parts, &JsonBody::new(body)) {
+                Ok(digest) => Fingerprint::new(CANONICAL_JSON, digest),
+                Err(_) => return Comparison::Different,
+            },
             _ => return Comparison::Unknown,
         };
         if *stored == own {
@@ -117,6 +185,13 @@ impl Fingerprinter {
         } else {
             Comparison::Different
         }
+    }
+}
+
+impl Fingerprint {
+    /// What a record is kept with whose key was claimed beside that of `operation`.
+    pub(crate) fn beside(operation: &RecordId) -> Self {
+        Self::new(BESIDE, *operation.as_bytes())
     }
 }
 
@@ -131,25 +206,61 @@ impl fmt::Debug for Fingerprinter {
         match &self.0 {
             Kind::None => f.write_str("None"),
             Kind::WholeRequest => f.write_str("WholeRequest"),
+            Kind::CanonicalJson => f.write_str("CanonicalJson"),
+            Kind::JsonMembers(pointers) => f.debug_tuple("JsonMembers").field(pointers).finish(),
             Kind::Custom(algorithm, _) => write!(f, "Custom({algorithm})"),
         }
     }
 }
 
 fn whole_request(parts: &Parts, body: &Bytes) -> [u8; 32] {
-    let method = parts.method.as_str().as_bytes();
-    let target = sent_uri(parts)
-        .path_and_query()
-        .map_or("", |target| target.as_str())
-        .as_bytes();
-    let mut hash = Sha256::new();
-    for field in [method, target] {
-        hash.update((field.len() as u64).to_le_bytes());
-        hash.update(field);
-    }
+    let mut hash = hash_of_target(parts);
     // The last field needs no length: nothing follows that could be taken for it.
     hash.update(body);
     hash.finalize().into()
+}
+
+fn canonical_json(parts: &Parts, body: &JsonBody<'_>) -> Result<[u8; 32], Rejection> {
+    let mut hash = hash_of_target(parts);
+    if !body.is_empty() {
+        json::hash_into(body.json()?, &mut hash)?;
+    }
+    Ok(hash.finalize().into())
+}
+
+fn json_members(parts: &Parts, body: &JsonBody<'_>, pointers: &[Pointer]) -> Result<[u8; 32], Rejection> {
+    let mut hash = hash_of_target(parts);
+    for pointer in pointers {
+        let found = match body.is_empty() {
+            true => vec![None],
+            false => pointer.find(body.json()?),
+        };
+        field(&mut hash, pointer.as_str().as_bytes());
+        hash.update((found.len() as u64).to_le_bytes());
+        for value in found {
+            hash.update([u8::from(value.is_some())]);
+            if let Some(value) = value {
+                json::hash_into(value, &mut hash)?;
+            }
+        }
+    }
+    Ok(hash.finalize().into())
+}
+
+/// A hash of method and path with query.
+fn hash_of_target(parts: &Parts) -> Sha256 {
+    let target = sent_uri(&parts.extensions, &parts.uri)
+        .path_and_query()
+        .map_or("", |target| target.as_str());
+    let mut hash = Sha256::new();
+    field(&mut hash, parts.method.as_str().as_bytes());
+    field(&mut hash, target.as_bytes());
+    hash
+}
+
+fn field(hash: &mut Sha256, bytes: &[u8]) {
+    hash.update((bytes.len() as u64).to_le_bytes());
+    hash.update(bytes);
 }
 
 #[cfg(test)]
@@ -169,8 +280,21 @@ mod tests {
             .0
     }
 
+    fn of(fingerprinter: &Fingerprinter, parts: &Parts, body: &Bytes) -> Fingerprint {
+        fingerprinter.fingerprint(parts, body, &JsonBody::new(body)).unwrap()
+    }
+
     fn whole(method: &str, target: &str, body: &'static str) -> Fingerprint {
-        Fingerprinter::default().fingerprint(&parts(method, target), &Bytes::from_static(body.as_bytes()))
+        let body = Bytes::from_static(body.as_bytes());
+        of(&Fingerprinter::default(), &parts(method, target), &body)
+    }
+
+    fn json(fingerprinter: &Fingerprinter, body: &'static str) -> Fingerprint {
+        of(
+            fingerprinter,
+            &parts("POST", "/a"),
+            &Bytes::from_static(body.as_bytes()),
+        )
     }
 
     #[test]
@@ -190,16 +314,16 @@ mod tests {
         later.headers.insert("date", "tomorrow".parse().unwrap());
         later.headers.insert("x-signature", "other".parse().unwrap());
         let body = Bytes::from_static(b"body");
-        let own = Fingerprinter::default().fingerprint(&later, &body);
-        assert_eq!(own, Fingerprinter::default().fingerprint(&parts("POST", "/"), &body));
+        let default = Fingerprinter::default();
+        assert_eq!(of(&default, &later, &body), of(&default, &parts("POST", "/"), &body));
     }
 
     #[test]
     fn a_record_made_by_another_algorithm_is_compared_by_that_one() {
         let (parts, body) = (parts("POST", "/"), Bytes::from_static(b"body"));
-        let old = Fingerprinter::whole_request().fingerprint(&parts, &body);
+        let old = of(&Fingerprinter::whole_request(), &parts, &body);
         let new = Fingerprinter::custom(200, |_, body| Sha256::digest(body).into());
-        let own = new.fingerprint(&parts, &body);
+        let own = of(&new, &parts, &body);
         assert_eq!(own.algorithm(), 200);
         assert_eq!(new.compare(&old, &own, &parts, &body), Comparison::Same);
         let other = Fingerprint::new(old.algorithm(), [7; 32]);
@@ -210,7 +334,7 @@ mod tests {
     fn a_record_made_by_an_algorithm_that_is_not_here_says_so() {
         let (parts, body) = (parts("POST", "/"), Bytes::new());
         let fingerprinter = Fingerprinter::default();
-        let own = fingerprinter.fingerprint(&parts, &body);
+        let own = of(&fingerprinter, &parts, &body);
         let foreign = Fingerprint::new(99, *own.digest());
         assert_eq!(
             fingerprinter.compare(&foreign, &own, &parts, &body),
@@ -221,7 +345,75 @@ mod tests {
     #[test]
     fn without_a_fingerprint_every_request_is_the_same() {
         let none = Fingerprinter::none();
-        let one = none.fingerprint(&parts("POST", "/"), &Bytes::from_static(b"a"));
-        assert_eq!(one, none.fingerprint(&parts("PATCH", "/b"), &Bytes::from_static(b"c")));
+        let one = of(&none, &parts("POST", "/"), &Bytes::from_static(b"a"));
+        assert_eq!(one, of(&none, &parts("PATCH", "/b"), &Bytes::from_static(b"c")));
+    }
+
+    #[test]
+    fn the_json_value_counts_and_not_its_form() {
+        let canonical = Fingerprinter::canonical_json();
+        let one = json(&canonical, r#"{"a":1,"b":"x"}"#);
+        assert_eq!(one, json(&canonical, "{ \"b\" : \"\\u0078\", \"a\": 1.0 }"));
+        assert_ne!(one, json(&canonical, r#"{"a":2,"b":"x"}"#));
+        assert_ne!(
+            one,
+            of(
+                &canonical,
+                &parts("POST", "/b"),
+                &Bytes::from_static(br#"{"a":1,"b":"x"}"#)
+            )
+        );
+        assert_ne!(json(&canonical, ""), json(&canonical, "null"), "no body is not a value");
+    }
+
+    #[test]
+    fn a_body_that_is_not_json_is_refused_where_json_is_compared() {
+        let parts = parts("POST", "/");
+        for fingerprinter in [Fingerprinter::canonical_json(), Fingerprinter::json_members(["/a"])] {
+            for body in [&b"nonsense"[..], br#"{"a":1,"a":1}"#] {
+                let body = Bytes::from_static(body);
+                let rejection = fingerprinter
+                    .fingerprint(&parts, &body, &JsonBody::new(&body))
+                    .unwrap_err();
+                assert_eq!(rejection.kind(), crate::RejectionKind::BodyUnreadable);
+            }
+        }
+    }
+
+    #[test]
+    fn only_the_chosen_members_count_and_absence_is_a_value() {
+        let chosen = Fingerprinter::json_members(["/order/no", "/items/*/amount"]);
+        let one = json(&chosen, r#"{"order":{"no":1},"items":[{"amount":5}],"note":"a"}"#);
+        assert_eq!(
+            one,
+            json(&chosen, r#"{"items":[{"amount":5.0,"x":1}],"order":{"no":1}}"#)
+        );
+        for other in [
+            r#"{"order":{"no":2},"items":[{"amount":5}]}"#,
+            r#"{"order":{"no":1},"items":[{"amount":6}]}"#,
+            r#"{"order":{"no":1},"items":[{"amount":5},{}]}"#,
+            r#"{"order":{"no":1},"items":[]}"#,
+            r#"{"order":{"no":null},"items":[{"amount":5}]}"#,
+            r#"{"items":[{"amount":5}]}"#,
+        ] {
+            assert_ne!(one, json(&chosen, other), "{other}");
+        }
+        let reordered = Fingerprinter::json_members(["/items/*/amount", "/order/no"]);
+        let body = r#"{"order":{"no":1},"items":[{"amount":5}],"note":"a"}"#;
+        assert_ne!(one, json(&reordered, body), "other pointers make another fingerprint");
+    }
+
+    #[test]
+    fn a_record_that_was_compared_as_json_still_is_after_the_setting_changed() {
+        let parts = parts("POST", "/a");
+        let old = json(&Fingerprinter::canonical_json(), r#"{"a":1}"#);
+        let now = Fingerprinter::whole_request();
+        let compare = |body: &'static [u8]| {
+            let body = Bytes::from_static(body);
+            now.compare(&old, &of(&now, &parts, &body), &parts, &body)
+        };
+        assert_eq!(compare(b"{ \"a\": 1 }"), Comparison::Same);
+        assert_eq!(compare(br#"{"a":2}"#), Comparison::Different);
+        assert_eq!(compare(b"nonsense"), Comparison::Different);
     }
 }

@@ -18,11 +18,11 @@ use crate::{
     error::{StoreError, StoreErrorKind},
     fingerprint::Comparison,
     guard::{Outcome, settle_later},
+    identity::{Identity, identify},
     key::IdempotencyKey,
     policy::Policy,
     record::{Begin, Claim, Lease, Owner, RecordId},
     rejection::{Rejection, RejectionKind},
-    scope::NoScope,
     shared::Shared,
     wait::{Prepared, Wait},
 };
@@ -33,9 +33,8 @@ pub(crate) struct Exchange<S> {
     pub(crate) service: S,
     pub(crate) parts: request::Parts,
     pub(crate) body: BufferedBody,
-    pub(crate) key: IdempotencyKey,
-    pub(crate) id: RecordId,
-    claim: Claim,
+    pub(crate) identity: Identity,
+    pub(crate) claim: Claim,
     /// Boxed: few wait.
     pub(crate) wait: Option<Box<Wait>>,
 }
@@ -47,45 +46,50 @@ pub(crate) enum Step<S, R: Body, E> {
     Wait(Box<Exchange<S>>),
 }
 
-impl<S> Exchange<S> {
-    /// Scope and fingerprint, and a claim under a name that no other attempt has.
-    pub(crate) fn new<R: Body>(
-        shared: Arc<Shared>,
-        service: S,
-        parts: request::Parts,
-        body: BufferedBody,
-        key: IdempotencyKey,
-    ) -> Result<Self, Box<Response<ResponseBody<R>>>> {
-        match identify(&shared.policy, &parts, &body, &key) {
-            Ok((id, claim)) => Ok(Self {
-                shared,
-                service,
-                parts,
-                body,
-                key,
-                id,
-                claim,
-                wait: None,
-            }),
-            Err(rejection) => Err(Box::new(shared.refuse(rejection, &parts))),
-        }
+/// What became of a request that was read whole.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "the large one is the usual one, and is moved once"
+)]
+pub(crate) enum Opened<S, B, R: Body> {
+    Exchange(Exchange<S>),
+    /// Its body shows that it carries no key, and it needs none.
+    Unkeyed(S, Box<Request<B>>),
+    Refused(Box<Response<ResponseBody<R>>>),
+}
+
+/// Who the request is, and a claim under a name that no other attempt has.
+pub(crate) fn open<S, B: RequestBody, R: Body>(
+    shared: Arc<Shared>,
+    service: S,
+    parts: request::Parts,
+    body: BufferedBody,
+    key: Option<IdempotencyKey>,
+) -> Opened<S, B, R> {
+    let identified = identify(&shared.policy, &parts, body.data(), key)
+        .and_then(|identity| identity.map(|identity| claim(&shared.policy, identity)).transpose());
+    match identified {
+        Ok(Some((identity, claim))) => Opened::Exchange(Exchange {
+            shared,
+            service,
+            parts,
+            body,
+            identity,
+            claim,
+            wait: None,
+        }),
+        Ok(None) => Opened::Unkeyed(service, Box::new(Request::from_parts(parts, B::from_buffered(body)))),
+        Err(rejection) => Opened::Refused(Box::new(shared.refuse(rejection, &parts, None))),
     }
 }
 
-fn identify(
-    policy: &Policy,
-    parts: &request::Parts,
-    body: &BufferedBody,
-    key: &IdempotencyKey,
-) -> Result<(RecordId, Claim), Rejection> {
-    let id = policy.scope.record_id(parts, key);
-    let id = id.map_err(|NoScope| Rejection::new(RejectionKind::ScopeMissing))?;
-    let fingerprint = policy.fingerprinter.fingerprint(parts, body.data());
+fn claim(policy: &Policy, identity: Identity) -> Result<(Identity, Claim), Rejection> {
     let owner = Owner::random().map_err(|error| {
         tracing::error!(%error, "there is no randomness for an owner token");
         Rejection::new(RejectionKind::StoreUnavailable)
     })?;
-    Ok((id, Claim::new(fingerprint, owner, policy.lease, policy.retention)))
+    let claim = Claim::new(identity.fingerprint, owner, policy.lease, policy.kept_for());
+    Ok((identity, claim))
 }
 
 /// What follows from what the store found.
@@ -116,12 +120,17 @@ where
     R: Body + Send + 'static,
     R::Error: Send,
 {
-    let Some(begin) = exchange.shared.store.begin_at_once(&exchange.id, &exchange.claim) else {
+    let Some(begin) = exchange
+        .shared
+        .store
+        .begin_at_once(&exchange.identity.id, &exchange.claim)
+    else {
         return Start::Work(Box::pin(run(exchange)));
     };
     match exchange.next(exchange.shared.noted(begin)) {
         Next::Reply(response) => Start::Replied(response),
-        Next::Run(lease) => Start::Work(Box::pin(exchange.run_under(lease))),
+        Next::Run(lease) if exchange.identity.others.is_empty() => Start::Work(Box::pin(exchange.run_under(lease))),
+        Next::Run(lease) => Start::Work(Box::pin(exchange.claim_others_and_run(lease))),
         Next::RunUnprotected | Next::BeginAgain | Next::Wait => Start::Work(Box::pin(run(exchange))),
     }
 }
@@ -138,10 +147,13 @@ where
 {
     async move {
         loop {
-            let begin = begin(&exchange.shared, &exchange.id, &exchange.claim).await;
+            let begin = begin(&exchange.shared, &exchange.identity.id, &exchange.claim).await;
             match exchange.next(begin) {
                 Next::Reply(response) => return Step::Done(Ok(response)),
-                Next::Run(lease) => return Box::pin(exchange.run_under(lease)).await,
+                Next::Run(lease) if exchange.identity.others.is_empty() => {
+                    return Box::pin(exchange.run_under(lease)).await;
+                }
+                Next::Run(lease) => return Box::pin(exchange.claim_others_and_run(lease)).await,
                 Next::RunUnprotected => return Step::Done(Box::pin(exchange.run_unprotected()).await),
                 Next::BeginAgain => {}
                 Next::Wait => return Step::Wait(Box::new(exchange)),
@@ -160,7 +172,11 @@ impl<S: Clone> Exchange<S> {
         };
         let comparison = self.compare(&begin);
         let policy = &self.shared.policy;
-        match decide(begin, comparison, policy.guarantee, policy.concurrent) {
+        let duplicates = self
+            .identity
+            .refuses_duplicates
+            .then_some(RejectionKind::DuplicateRequest);
+        match decide(begin, comparison, policy.guarantee, policy.concurrent, duplicates) {
             Decision::Run(lease) => Next::Run(lease),
             Decision::Replay(stored) => Next::Reply(self.replay(&stored)),
             Decision::Refuse(rejection) => Next::Reply(self.refuse(rejection)),
@@ -188,7 +204,7 @@ impl<S: Clone> Exchange<S> {
 
 // ---- begin
 
-async fn begin(shared: &Arc<Shared>, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
+pub(crate) async fn begin(shared: &Arc<Shared>, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
     match shared.call(shared.store.begin(id, claim)).await {
         Err(error) if error.is_retryable() => {}
         result => return result,
@@ -225,7 +241,7 @@ impl<S> Exchange<S> {
     }
 }
 
-fn unusable_store(error: &StoreError) -> Rejection {
+pub(crate) fn unusable_store(error: &StoreError) -> Rejection {
     let source = std::error::Error::source(error).map(tracing::field::display);
     tracing::error!(%error, source, "a request was refused because of the store");
     Rejection::new(match error.kind() {
@@ -251,6 +267,8 @@ impl<S> Exchange<S> {
             Err(error) => return self.refuse(unusable_store(&error)),
         };
         let policy = &self.shared.policy;
+        let (status, body) = policy.replay.rewrite(status, &mut headers, body, &self.parts);
+        policy.mark(&self.identity.key, &mut headers);
         if let Some((name, value)) = &policy.replay_marker {
             headers.insert(name, value.clone());
         }
@@ -261,16 +279,15 @@ impl<S> Exchange<S> {
             announce(trailers, self.parts.version, &mut headers);
         }
         self.shared.tally.replayed.add();
-        tracing::debug!(record = %self.id, "a stored answer is replayed");
+        tracing::debug!(record = %self.identity.id, "a stored answer is replayed");
         let mut response = Response::new(ResponseBody::buffered(BufferedBody::from_parts(body, trailers)));
         *response.status_mut() = status;
         *response.headers_mut() = headers;
         response
     }
 
-    fn refuse<R: Body>(&self, rejection: Rejection) -> Response<ResponseBody<R>> {
-        tracing::debug!(record = %self.id, reason = rejection.kind().slug(), "a request is refused");
-        self.shared.refuse(rejection, &self.parts)
+    pub(crate) fn refuse<R: Body>(&self, rejection: Rejection) -> Response<ResponseBody<R>> {
+        self.shared.refuse(rejection, &self.parts, Some(self.identity.id))
     }
 }
 

@@ -17,8 +17,9 @@ use tower_service::Service;
 use tracing::{Instrument, Span};
 
 use crate::{
+    attempt,
     body::{Collected, End, RequestBody, ResponseBody},
-    flow::{self, Exchange, Start, Step},
+    flow::{self, Exchange, Opened, Start, Step},
     key::IdempotencyKey,
     rejection::{Rejection, RejectionKind},
     shared::Shared,
@@ -56,17 +57,22 @@ pin_project! {
         Reading { reading: Option<Reading<S>>, collected: Collected, #[pin] body: B },
         Running { run: Detachable<Step<S, R, E>> },
         Waiting { wait: Pin<Box<dyn Future<Output = Box<Exchange<S>>> + Send>> },
+        Unkeyed { future: Unkeyed<R, E> },
     }
 }
 
-/// A request with a key whose body is being read. Nothing has been begun.
+/// The service's answer to a request whose body had to be read to see that it carries no key. Dropped, it ends.
+type Unkeyed<R, E> = Pin<Box<dyn Future<Output = Result<Response<ResponseBody<R>>, E>> + Send>>;
+
+/// A request whose body is being read. Nothing has been begun.
 pub(crate) struct Reading<S> {
     pub(crate) shared: Arc<Shared>,
     pub(crate) service: S,
     /// Whether the service was polled ready, and holds whatever place that reserved.
     pub(crate) reserved: bool,
     pub(crate) parts: request::Parts,
-    pub(crate) key: IdempotencyKey,
+    /// `None` if it is in the body, or made of it.
+    pub(crate) key: Option<IdempotencyKey>,
 }
 
 impl<S, B, R> ResponseFuture<S, B, R>
@@ -140,8 +146,11 @@ where
                         return Poll::Pending;
                     };
                     match reading.finish(std::mem::take(collected), end) {
-                        Err(response) => return Poll::Ready(Ok(*response)),
-                        Ok(exchange) => {
+                        Opened::Refused(response) => return Poll::Ready(Ok(*response)),
+                        Opened::Unkeyed(service, request) => State::Unkeyed {
+                            future: Box::pin(run_unkeyed(service, *request)),
+                        },
+                        Opened::Exchange(exchange) => {
                             let shared = Arc::clone(&exchange.shared);
                             match flow::start(exchange) {
                                 Start::Replied(response) => return Poll::Ready(Ok(response)),
@@ -164,6 +173,7 @@ where
                         run: Detachable::new(Arc::clone(&exchange.shared), Box::pin(flow::run(*exchange))),
                     }
                 }
+                StateProj::Unkeyed { future } => return future.as_mut().poll(cx),
             };
             state.set(next);
         }
@@ -184,11 +194,7 @@ impl<S> Reading<S> {
         self.shared.policy.max_request_body
     }
 
-    fn finish<R: Body, E>(
-        self,
-        collected: Collected,
-        end: End<E>,
-    ) -> Result<Exchange<S>, Box<Response<ResponseBody<R>>>>
+    fn finish<B: RequestBody, R: Body, E>(self, collected: Collected, end: End<E>) -> Opened<S, B, R>
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
@@ -200,12 +206,22 @@ impl<S> Reading<S> {
             ..
         } = self;
         let rejection = match end {
-            End::Whole => return Exchange::new(shared, service, parts, collected.into_body(), key),
+            End::Whole => return flow::open(shared, service, parts, collected.into_body(), key),
             End::OverLimit => too_large(shared.policy.max_request_body),
             End::Broken(error) => broken(error.into()),
         };
-        Err(Box::new(shared.refuse(rejection, &parts)))
+        Opened::Refused(Box::new(shared.refuse(rejection, &parts, None)))
     }
+}
+
+/// The service is polled ready again: it may have given its place back while the body was read.
+async fn run_unkeyed<S, B, R>(mut service: S, request: Request<B>) -> Result<Response<ResponseBody<R>>, S::Error>
+where
+    S: Service<Request<B>, Response = Response<R>>,
+    R: Body,
+{
+    attempt::ready(&mut service).await?;
+    Ok(service.call(request).await?.map(ResponseBody::passed))
 }
 
 pub(crate) fn too_large(limit: usize) -> Rejection {
@@ -282,6 +298,7 @@ where
             State::Reading { .. } => "ResponseFuture::Reading(..)",
             State::Running { .. } => "ResponseFuture::Running(..)",
             State::Waiting { .. } => "ResponseFuture::Waiting(..)",
+            State::Unkeyed { .. } => "ResponseFuture::Unkeyed(..)",
         })
     }
 }

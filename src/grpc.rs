@@ -64,13 +64,16 @@ fn code(kind: RejectionKind) -> u16 {
         | RejectionKind::KeyInvalid
         | RejectionKind::ScopeMissing
         | RejectionKind::BodyIncomplete
+        | RejectionKind::BodyUnreadable
+        | RejectionKind::KeyRepeated
+        | RejectionKind::FirstSentInvalid
         | RejectionKind::KeyReused => INVALID_ARGUMENT,
         RejectionKind::BodyTooLarge => RESOURCE_EXHAUSTED,
         // To be tried again, as a whole.
         RejectionKind::InProgress => ABORTED,
         // Not to be tried again.
-        RejectionKind::OutcomeUnknown => FAILED_PRECONDITION,
-        RejectionKind::ResponseNotKept => ALREADY_EXISTS,
+        RejectionKind::OutcomeUnknown | RejectionKind::FirstSentTooOld => FAILED_PRECONDITION,
+        RejectionKind::ResponseNotKept | RejectionKind::DuplicateRequest => ALREADY_EXISTS,
         RejectionKind::StoreUnavailable | RejectionKind::StoreFull | RejectionKind::RecordFromNewerVersion => {
             UNAVAILABLE
         }

@@ -4,7 +4,10 @@ use std::{
     future::{Future, poll_fn},
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     task::Poll,
     time::Duration,
 };
@@ -19,15 +22,15 @@ use crate::{
     error::{StoreError, StoreErrorKind},
     policy::Policy,
     random,
-    record::Lease,
+    record::{Lease, Retention},
     shared::Shared,
 };
 
 /// How an attempt ended.
 #[derive(Debug)]
 pub(crate) enum Outcome {
-    /// It is done, and this is its answer.
-    Completed(StoredResponse),
+    /// It is done, and this is its answer, to be kept for this long.
+    Completed(StoredResponse, Retention),
     /// It did not execute: the key is free.
     NotExecuted,
     /// Nobody knows.
@@ -39,6 +42,9 @@ pub(crate) enum Outcome {
 pub(crate) struct Guard {
     shared: Arc<Shared>,
     lease: Lease,
+    /// Of the keys that the operation claims beside its own.
+    others: Mutex<Vec<Lease>>,
+    lost: AtomicBool,
     settled: bool,
 }
 
@@ -48,25 +54,49 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 impl Guard {
     pub(crate) fn new(shared: Arc<Shared>, lease: Lease) -> Self {
-        shared.tally.executed.add();
-        if lease.fence > 1 {
-            shared.tally.taken_over.add();
-            tracing::warn!(record = %lease.id, fence = lease.fence, "a lost attempt is taken over");
-        }
         Self {
             shared,
             lease,
+            others: Mutex::default(),
+            lost: AtomicBool::new(false),
             settled: false,
         }
     }
 
-    /// Whether no attempt at the operation was lost before this one.
-    pub(crate) fn is_first(&self) -> bool {
-        self.lease.fence == 1
+    /// The handler is about to run.
+    pub(crate) fn count_run(&self) {
+        self.shared.tally.executed.add();
+        if self.lease.fence > 1 {
+            self.shared.tally.taken_over.add();
+            tracing::warn!(record = %self.lease.id, fence = self.lease.fence, "a lost attempt is taken over");
+        }
+    }
+
+    /// Holds this one, too.
+    pub(crate) fn add(&self, lease: Lease) {
+        self.others.lock().unwrap_or_else(PoisonError::into_inner).push(lease);
+    }
+
+    fn others(&self) -> Vec<Lease> {
+        self.others.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether a renewal found that somebody else has the operation now.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Relaxed)
+    }
+
+    /// Of the operation's own record.
+    pub(crate) fn lease(&self) -> Lease {
+        self.lease
     }
 
     pub(crate) fn policy(&self) -> &Policy {
         &self.shared.policy
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
     /// Runs `work` to its end and renews the lease meanwhile. Work that is ready at once costs no timer.
@@ -94,34 +124,37 @@ impl Guard {
         let mut pause = length / 3;
         loop {
             sleep(pause).await;
-            let renewal = self.shared.store.renew(&self.lease, length);
-            pause = match self.shared.call(renewal).await {
-                Ok(()) => length / 3,
-                Err(error) if error.kind() == StoreErrorKind::Fenced => {
-                    let Lease { id, fence, .. } = self.lease;
-                    tracing::warn!(record = %id, fence, "the lease was lost while the handler ran");
-                    return;
+            pause = length / 3;
+            for lease in [self.lease].into_iter().chain(self.others()) {
+                match self.shared.call(self.shared.store.renew(&lease, length)).await {
+                    Ok(()) => {}
+                    Err(error) if error.kind() == StoreErrorKind::Fenced => {
+                        let Lease { id, fence, .. } = lease;
+                        tracing::warn!(record = %id, fence, "the lease was lost while the handler ran");
+                        self.lost.store(true, Relaxed);
+                        return;
+                    }
+                    Err(_) => pause = (length / 12).max(Duration::from_millis(1)),
                 }
-                Err(_) => (length / 12).max(Duration::from_millis(1)),
-            };
+            }
         }
     }
 
     /// Tells the store how the attempt ended. Where the store does not answer, a task goes on trying.
     pub(crate) async fn settle(mut self, outcome: Outcome) {
-        self.count(&outcome);
-        let result = apply(&self.shared, &self.lease, &outcome).await;
-        self.settled = true;
-        match result {
-            Ok(()) => {}
-            Err(error) if error.is_retryable() => settle_later(&self.shared, self.lease, outcome),
-            Err(error) => report(&self.shared, &self.lease, &error),
+        // The operation's own record last: whoever finds it ended finds the others ended, too.
+        for other in std::mem::take(self.others.get_mut().unwrap_or_else(PoisonError::into_inner)) {
+            settle_one(&self.shared, other, outcome.beside(&other)).await;
         }
+        let outcome = outcome.of_attempt(&self.lease);
+        self.count(&outcome);
+        settle_one(&self.shared, self.lease, outcome).await;
+        self.settled = true;
     }
 
     fn count(&self, outcome: &Outcome) {
         match outcome {
-            Outcome::Completed(_) => {}
+            Outcome::Completed(..) => {}
             Outcome::NotExecuted => self.shared.tally.released.add(),
             Outcome::Unknown => {
                 self.shared.tally.abandoned.add();
@@ -138,15 +171,46 @@ impl Drop for Guard {
             return;
         }
         self.count(&Outcome::Unknown);
-        let (shared, lease) = (Arc::clone(&self.shared), self.lease);
+        let (shared, lease, others) = (Arc::clone(&self.shared), self.lease, self.others());
         // Without a runtime nobody can tell the store; then the lease runs out, which says the same later.
         if let Ok(runtime) = Handle::try_current() {
             self.shared.tasks.spawn(&runtime, async move {
-                if let Err(error) = apply(&shared, &lease, &Outcome::Unknown).await {
-                    report(&shared, &lease, &error);
+                for lease in others.into_iter().chain([lease]) {
+                    if let Err(error) = apply(&shared, &lease, &Outcome::Unknown).await {
+                        report(&shared, &lease, &error);
+                    }
                 }
             });
         }
+    }
+}
+
+impl Outcome {
+    /// Of an operation whose earlier attempt was lost, a later one can say for itself alone that it did not execute.
+    fn of_attempt(self, lease: &Lease) -> Self {
+        match self {
+            Self::NotExecuted if lease.fence > 1 => Self::Unknown,
+            outcome => outcome,
+        }
+    }
+
+    /// The same for a key that was claimed beside the operation's own: the fact, without the answer.
+    fn beside(&self, other: &Lease) -> Self {
+        match self {
+            Self::Completed(response, retention) => {
+                Self::Completed(StoredResponse::not_kept(response.status()), *retention)
+            }
+            Self::NotExecuted => Self::NotExecuted.of_attempt(other),
+            Self::Unknown => Self::Unknown,
+        }
+    }
+}
+
+async fn settle_one(shared: &Arc<Shared>, lease: Lease, outcome: Outcome) {
+    match apply(shared, &lease, &outcome).await {
+        Ok(()) => {}
+        Err(error) if error.is_retryable() => settle_later(shared, lease, outcome),
+        Err(error) => report(shared, &lease, &error),
     }
 }
 
@@ -154,8 +218,8 @@ impl Drop for Guard {
 async fn apply(shared: &Shared, lease: &Lease, outcome: &Outcome) -> Result<(), StoreError> {
     let store = &shared.store;
     match outcome {
-        Outcome::Completed(response) => {
-            let retention = shared.policy.retention;
+        Outcome::Completed(response, retention) => {
+            let retention = *retention;
             match shared.call(store.complete(lease, response, retention)).await {
                 Err(error) if error.kind() == StoreErrorKind::Full && response.is_kept() => {
                     tracing::warn!(record = %lease.id, "the store has no room for the answer, which is not kept");

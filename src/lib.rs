@@ -4,27 +4,35 @@
 
 mod attempt;
 mod body;
+mod claims;
 mod codec;
 mod decide;
 mod drain;
 mod error;
 mod extract;
 mod fingerprint;
+mod first_sent;
 mod flow;
 mod future;
 mod grpc;
 mod guard;
+mod identity;
+mod json;
+mod keep;
 mod key;
 mod layer;
 mod observe;
 mod policy;
 pub mod problems;
+mod profile;
 mod random;
 mod record;
 mod rejection;
+mod routes;
 mod scope;
 mod service;
 mod shared;
+mod statuses;
 mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -38,13 +46,21 @@ pub use self::{
     extract::{Attempt, MissingAttempt},
     fingerprint::{Fingerprint, Fingerprinter},
     future::ResponseFuture,
+    keep::Keep,
     key::{IdempotencyKey, KeyFormat, KeySource},
     layer::IdempotencyLayer,
     observe::Counters,
-    policy::{Concurrent, Guarantee},
+    policy::{Concurrent, Guarantee, WithoutKey},
+    profile::Profile,
     record::{Begin, Claim, Lease, Owner, RecordId, Retention},
-    rejection::{Rejection, RejectionKind},
+    rejection::{Rejection, RejectionFormat, RejectionKind},
     scope::Scope,
     service::Idempotency,
+    statuses::Statuses,
     store::{AnyStore, MemoryStore, MemoryStoreBuilder, Store},
 };
+
+/// Rules for the characters of keys, to be given to [`IdempotencyLayer::key_rule`].
+pub mod key_rules {
+    pub use crate::key::{any_text, uuid, visible_ascii};
+}

@@ -2,14 +2,17 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use http::{HeaderName, HeaderValue, Method, StatusCode, header, response};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header, request, response};
 
 use crate::{
     fingerprint::Fingerprinter,
-    key::{KeyRules, KeySource},
+    first_sent::FirstSent,
+    key::{IdempotencyKey, KeyRules, KeySource},
     record::Retention,
     rejection::Problems,
-    scope::ScopeSource,
+    scope::ScopeRules,
+    statuses::Statuses,
 };
 
 /// What happens to an operation whose attempt was lost: the handler panicked, the process died, the lease ran out.
@@ -38,8 +41,85 @@ pub enum Concurrent {
     Wait(Duration),
 }
 
+/// What happens to a request that carries no key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WithoutKey {
+    /// It passes, unprotected.
+    #[default]
+    Pass,
+    /// It is refused (400).
+    Refuse,
+    /// Its fingerprint takes the place of a key: an equal request of the same scope within the retention is a duplicate
+    /// and gets the first one's answer. **Two equal operations that are both meant cannot be told apart then.**
+    ///
+    /// Under [`Fingerprinter::none`], which makes all requests equal, [`Fingerprinter::whole_request`] is taken.
+    DeriveAndReplay,
+    /// As [`DeriveAndReplay`](Self::DeriveAndReplay), but a duplicate is told that it is one
+    /// ([`DuplicateRequest`](crate::RejectionKind::DuplicateRequest), 409) in place of the first one's answer.
+    DeriveAndRefuse,
+}
+
+impl WithoutKey {
+    pub(crate) fn derives(self) -> bool {
+        matches!(self, Self::DeriveAndReplay | Self::DeriveAndRefuse)
+    }
+}
+
+/// What is sent in place of a stored answer.
+type Rewrite = dyn Fn(Response<Bytes>, &request::Parts) -> Response<Bytes> + Send + Sync;
+
+/// What a replay looks like.
+#[derive(Clone, Default)]
+pub(crate) enum Replay {
+    #[default]
+    AsFirst,
+    WithStatus(StatusCode),
+    Rewritten(Arc<Rewrite>),
+}
+
+impl Replay {
+    /// The status and body to send; the headers are changed in place.
+    pub(crate) fn rewrite(
+        &self,
+        status: StatusCode,
+        headers: &mut HeaderMap,
+        body: Bytes,
+        duplicate: &request::Parts,
+    ) -> (StatusCode, Bytes) {
+        match self {
+            Self::AsFirst => (status, body),
+            Self::WithStatus(status) => (*status, body),
+            Self::Rewritten(rewrite) => {
+                let mut first = Response::new(body);
+                *first.status_mut() = status;
+                *first.headers_mut() = std::mem::take(headers);
+                let (parts, body) = rewrite(first, duplicate).into_parts();
+                *headers = parts.headers;
+                (parts.status, body)
+            }
+        }
+    }
+}
+
 type KeepStatus = dyn Fn(StatusCode) -> bool + Send + Sync;
-type IsStream = dyn Fn(&response::Parts) -> bool + Send + Sync;
+pub(crate) type IsStream = dyn Fn(&response::Parts) -> bool + Send + Sync;
+
+/// The statuses by which a service says that it executed the request.
+#[derive(Clone)]
+pub(crate) enum StoreWhen {
+    In(Statuses),
+    Says(Arc<KeepStatus>),
+}
+
+impl StoreWhen {
+    pub(crate) fn holds(&self, status: StatusCode) -> bool {
+        match self {
+            Self::In(statuses) => statuses.contains(status),
+            Self::Says(executed) => executed(status),
+        }
+    }
+}
 
 /// Cloned whenever a setter is called on a layer that has clones.
 #[derive(Clone)]
@@ -47,8 +127,9 @@ pub(crate) struct Policy {
     pub(crate) methods: Arc<[Method]>,
     pub(crate) key: KeySource,
     pub(crate) key_rules: KeyRules,
-    pub(crate) require_key: bool,
-    pub(crate) scope: ScopeSource,
+    pub(crate) without_key: WithoutKey,
+    pub(crate) first_sent: Option<FirstSent>,
+    pub(crate) scope: ScopeRules,
     pub(crate) fingerprinter: Fingerprinter,
     pub(crate) guarantee: Guarantee,
     pub(crate) concurrent: Concurrent,
@@ -59,9 +140,14 @@ pub(crate) struct Policy {
     pub(crate) run_without_store: bool,
     pub(crate) max_request_body: usize,
     pub(crate) max_response_body: usize,
-    pub(crate) store_when: Arc<KeepStatus>,
+    pub(crate) store_when: StoreWhen,
     pub(crate) stream_when: Arc<IsStream>,
     pub(crate) dropped_headers: Vec<HeaderName>,
+    pub(crate) replay: Replay,
+    /// Fields of every answer of an executed operation, the first and the replays.
+    pub(crate) answer_headers: Vec<(HeaderName, HeaderValue)>,
+    /// The field of those answers that has the key.
+    pub(crate) echo_key: Option<HeaderName>,
     pub(crate) replay_marker: Option<(HeaderName, HeaderValue)>,
     pub(crate) replay_no_store: bool,
     pub(crate) problems: Problems,
@@ -73,8 +159,9 @@ impl Default for Policy {
             methods: Arc::new([Method::POST, Method::PATCH]),
             key: KeySource::default(),
             key_rules: KeyRules::default(),
-            require_key: false,
-            scope: ScopeSource::default(),
+            without_key: WithoutKey::default(),
+            first_sent: None,
+            scope: ScopeRules::default(),
             fingerprinter: Fingerprinter::default(),
             guarantee: Guarantee::default(),
             concurrent: Concurrent::default(),
@@ -85,9 +172,12 @@ impl Default for Policy {
             run_without_store: false,
             max_request_body: 1 << 20,
             max_response_body: 1 << 20,
-            store_when: Arc::new(executed),
+            store_when: StoreWhen::In(Statuses::default()),
             stream_when: Arc::new(is_stream),
             dropped_headers: vec![header::SET_COOKIE, header::WWW_AUTHENTICATE, header::PROXY_AUTHENTICATE],
+            replay: Replay::default(),
+            answer_headers: Vec::new(),
+            echo_key: None,
             replay_marker: Some((
                 HeaderName::from_static("idempotent-replayed"),
                 HeaderValue::from_static("true"),
@@ -103,27 +193,16 @@ impl fmt::Debug for Policy {
         f.debug_struct("Policy")
             .field("methods", &self.methods)
             .field("key", &self.key)
-            .field("require_key", &self.require_key)
+            .field("without_key", &self.without_key)
+            .field("first_sent", &self.first_sent)
             .field("fingerprinter", &self.fingerprinter)
             .field("guarantee", &self.guarantee)
             .field("concurrent", &self.concurrent)
             .field("retention", &self.retention)
             .field("lease", &self.lease)
+            .field("store_when", &self.store_when)
             .finish_non_exhaustive()
     }
-}
-
-/// The statuses by which a service says that it did not execute the request.
-fn executed(status: StatusCode) -> bool {
-    !matches!(
-        status,
-        StatusCode::UNAUTHORIZED
-            | StatusCode::FORBIDDEN
-            | StatusCode::REQUEST_TIMEOUT
-            | StatusCode::TOO_EARLY
-            | StatusCode::TOO_MANY_REQUESTS
-            | StatusCode::SERVICE_UNAVAILABLE
-    )
 }
 
 /// Upgrades, event streams and multipart streams that replace their parts: bodies that have no end to wait for.
@@ -138,7 +217,42 @@ fn is_stream(response: &response::Parts) -> bool {
     response.status == StatusCode::SWITCHING_PROTOCOLS || is("text/event-stream") || is("multipart/x-mixed-replace")
 }
 
+impl fmt::Debug for StoreWhen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::In(statuses) => statuses.fmt(f),
+            Self::Says(_) => f.write_str("(..)"),
+        }
+    }
+}
+
 impl Policy {
+    /// How long a completed operation is remembered, unless its handler says otherwise.
+    pub(crate) fn kept_for(&self) -> Retention {
+        match &self.first_sent {
+            None => self.retention,
+            Some(first_sent) => first_sent.retention(self.retention),
+        }
+    }
+
+    /// Whether [`mark`](Self::mark) does anything.
+    pub(crate) fn marks_answers(&self) -> bool {
+        !self.answer_headers.is_empty() || self.echo_key.is_some()
+    }
+
+    /// Puts the fields on an answer that every answer of an executed operation has.
+    pub(crate) fn mark(&self, key: &IdempotencyKey, headers: &mut HeaderMap) {
+        for (name, value) in &self.answer_headers {
+            headers.insert(name, value.clone());
+        }
+        if let Some(name) = &self.echo_key {
+            // A key of a body may have characters that no header can have.
+            if let Ok(value) = HeaderValue::from_str(key.as_str()) {
+                headers.insert(name, value);
+            }
+        }
+    }
+
     /// Whether a field of an answer may be stored. `connection` are the answer's `Connection` values.
     pub(crate) fn keeps_header(&self, name: &HeaderName, connection: &[HeaderName]) -> bool {
         let is_of_the_connection = matches!(

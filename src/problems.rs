@@ -19,8 +19,28 @@
 //! ## request-body-incomplete
 //! **400.** The body broke off. Nothing ran. Send the request again.
 //!
+//! ## request-body-unreadable
+//! **400.** The key, or what makes two requests the same, is in the JSON body, and the body cannot be read in one way
+//! only: it is not JSON, nests too deep, or has an object with two members of one name; `detail` says where. Nothing
+//! ran.
+//!
+//! ## idempotency-key-repeated
+//! **400.** The request claims several keys and two of them are equal. Nothing ran. Give each a value of its own.
+//!
+//! ## first-sent-invalid
+//! **400.** The request does not say when it was sent first, or not as an HTTP date of the past. Nothing ran.
+//!
+//! ## first-sent-too-old
+//! **412.** The request was sent first so long ago that its record may be gone: it might run again, so it did not run.
+//! Find out by other means whether it was executed.
+//!
+//! ## duplicate-request
+//! **409.** The request has no key and is the same as an earlier one that was executed. This one did not run. If it is
+//! meant as another operation, send it with a key.
+//!
 //! ## idempotency-key-reused
-//! **422.** The key was used for a different request: another method, path, query or body. This request did not run.
+//! **422.** The key was used for a different request: another method, path, query or body. Or one of several keys of
+//! the request belongs to another operation. This request did not run.
 //! Use a new key for a new operation.
 //!
 //! ## request-in-progress

@@ -6,7 +6,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use http::{Request, Response, header};
+use http::{Request, Response, header, request};
 use http_body::Body;
 use tower_service::Service;
 
@@ -14,7 +14,11 @@ use crate::{
     body::RequestBody,
     extract::Attempt,
     future::{Reading, ResponseFuture, too_large},
-    rejection::{Rejection, RejectionKind},
+    identity::key_missing,
+    key::{IdempotencyKey, InHead},
+    policy::{Policy, WithoutKey},
+    rejection::Rejection,
+    scope::sent_uri,
     shared::Shared,
 };
 
@@ -50,33 +54,28 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let policy = &self.shared.policy;
-        if !self.covers(&request) {
+        let shared = self.settings_of(&request);
+        let policy = &shared.policy;
+        if !covers(policy, &request) {
             return ResponseFuture::passed(self.inner.call(request));
         }
         let (parts, body) = request.into_parts();
-        let key = match policy.key.find(&parts, &policy.key_rules) {
-            Ok(Some(key)) => key,
-            Ok(None) if !policy.require_key => {
-                return ResponseFuture::passed(self.inner.call(Request::from_parts(parts, body)));
-            }
-            Ok(None) => {
-                let detail = format!("this operation requires {}", policy.key.describe());
-                let rejection = Rejection::new(RejectionKind::KeyMissing).with_detail(detail);
-                return ResponseFuture::answered(self.shared.refuse(rejection, &parts));
-            }
-            Err(rejection) => return ResponseFuture::answered(self.shared.refuse(rejection, &parts)),
+        let key = match head(policy, &parts) {
+            Ok(Head::Key(key)) => Some(key),
+            Ok(Head::Unknown) => None,
+            Ok(Head::Passes) => return ResponseFuture::passed(self.inner.call(Request::from_parts(parts, body))),
+            Err(rejection) => return ResponseFuture::answered(shared.refuse(rejection, &parts, None)),
         };
         let announced = parts.headers.get(header::CONTENT_LENGTH);
         let announced = announced.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
         if announced.unwrap_or(0).max(body.size_hint().lower()) > policy.max_request_body as u64 {
             let rejection = too_large(policy.max_request_body);
-            return ResponseFuture::answered(self.shared.refuse(rejection, &parts));
+            return ResponseFuture::answered(shared.refuse(rejection, &parts, None));
         }
+        let shared = Arc::clone(shared);
         // The service that was polled ready goes with the request; its clone has to be polled again.
         let clone = self.inner.clone();
         let service = mem::replace(&mut self.inner, clone);
-        let shared = Arc::clone(&self.shared);
         ResponseFuture::reading(
             Reading {
                 shared,
@@ -91,14 +90,51 @@ where
 }
 
 impl<S> Idempotency<S> {
-    /// Whether this request can need protection, before anything is taken apart.
-    fn covers<B>(&self, request: &Request<B>) -> bool {
-        let policy = &self.shared.policy;
-        policy.methods.contains(request.method())
-            && (policy.require_key || policy.key.may_be_in(request.headers()))
-            // A layer above this one has it under its protection already.
-            && request.extensions().get::<Attempt>().is_none()
+    /// Those of its route, or the layer's own.
+    fn settings_of<B>(&self, request: &Request<B>) -> &Arc<Shared> {
+        let routes = &self.shared.routes;
+        if routes.is_empty() {
+            return &self.shared;
+        }
+        let path = sent_uri(request.extensions(), request.uri()).path();
+        routes.find(path).unwrap_or(&self.shared)
     }
+}
+
+/// Whether this request can need protection, before anything is taken apart.
+fn covers<B>(policy: &Policy, request: &Request<B>) -> bool {
+    policy.methods.contains(request.method())
+        && (policy.without_key != WithoutKey::Pass
+            || policy.key.may_be_in(request.headers())
+            || policy.first_sent.as_ref().is_some_and(|first_sent| first_sent.is_in(request.headers())))
+        // A layer above this one has it under its protection already.
+        && request.extensions().get::<Attempt>().is_none()
+}
+
+/// What the head of a request says about its protection.
+enum Head {
+    Passes,
+    Key(IdempotencyKey),
+    /// The body has the last word.
+    Unknown,
+}
+
+fn head(policy: &Policy, parts: &request::Parts) -> Result<Head, Rejection> {
+    let head = match policy.key.in_head(parts, &policy.key_rules)? {
+        InHead::Key(key) => Head::Key(key),
+        InHead::Unknown => Head::Unknown,
+        InHead::Missing if policy.without_key.derives() => Head::Unknown,
+        InHead::Missing if policy.without_key == WithoutKey::Refuse => return Err(key_missing(policy)),
+        InHead::Missing => match &policy.first_sent {
+            // It means to be protected.
+            Some(first_sent) if first_sent.is_in(&parts.headers) => return Err(key_missing(policy)),
+            _ => return Ok(Head::Passes),
+        },
+    };
+    if let Some(first_sent) = &policy.first_sent {
+        first_sent.check(parts, policy.retention)?;
+    }
+    Ok(head)
 }
 
 impl<S: fmt::Debug> fmt::Debug for Idempotency<S> {

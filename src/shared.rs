@@ -17,7 +17,9 @@ use crate::{
     error::{StoreError, StoreErrorKind},
     observe::Tally,
     policy::Policy,
+    record::RecordId,
     rejection::Rejection,
+    routes::Routes,
     store::{Call, DynStore},
     wait::Waiting,
 };
@@ -26,6 +28,8 @@ use crate::{
 pub(crate) struct Shared {
     pub(crate) store: Arc<dyn DynStore>,
     pub(crate) policy: Policy,
+    /// Requests that have settings of their own.
+    pub(crate) routes: Routes,
     pub(crate) tasks: Arc<Tasks>,
     pub(crate) tally: Arc<Tally>,
     pub(crate) waiting: Arc<Waiting>,
@@ -41,10 +45,27 @@ impl Shared {
         Self {
             store,
             policy: Policy::default(),
+            routes: Routes::default(),
             tasks: Arc::default(),
             tally: Arc::default(),
             waiting: Arc::default(),
             settling: Arc::new(Semaphore::new(MAX_SETTLING)),
+        }
+    }
+
+    /// The same work under settings that may become others.
+    pub(crate) fn without_routes(&self) -> Self {
+        Self {
+            routes: Routes::default(),
+            ..self.clone()
+        }
+    }
+
+    /// Changes the settings of every route.
+    pub(crate) fn change(&mut self, change: &dyn Fn(&mut Policy)) {
+        change(&mut self.policy);
+        for route in self.routes.all_mut() {
+            Arc::make_mut(route).change(change);
         }
     }
 
@@ -71,9 +92,24 @@ impl Shared {
         })
     }
 
-    pub(crate) fn refuse<R: Body>(&self, rejection: Rejection, parts: &request::Parts) -> Response<ResponseBody<R>> {
+    /// The answer to a request that does not run; `record` is its look-up key, if it got that far.
+    pub(crate) fn refuse<R: Body>(
+        &self,
+        rejection: Rejection,
+        parts: &request::Parts,
+        record: Option<RecordId>,
+    ) -> Response<ResponseBody<R>> {
         self.tally.refused.add();
         let response = self.policy.problems.respond(rejection, parts);
+        if let Some(rejection) = response.extensions().get::<Rejection>() {
+            let (reason, debug_id) = (rejection.kind().slug(), rejection.debug_id());
+            tracing::info!(
+                reason,
+                debug_id,
+                record = record.map(tracing::field::display),
+                "a request is refused"
+            );
+        }
         response.map(|body| ResponseBody::buffered(BufferedBody::new(body, None)))
     }
 }

@@ -94,7 +94,7 @@ impl<S: Clone> Exchange<S> {
         let Concurrent::Wait(limit) = policy.concurrent else {
             return Prepared::NoPlaceOrTime;
         };
-        let Some(place) = self.shared.waiting.enter(self.id, policy.max_waiters) else {
+        let Some(place) = self.shared.waiting.enter(self.identity.id, policy.max_waiters) else {
             return Prepared::NoPlaceOrTime;
         };
         self.shared.tally.waited.add();
@@ -107,7 +107,7 @@ impl<S: Clone> Exchange<S> {
                 .checked_add(limit)
                 .unwrap_or(now + Duration::from_secs(365 * 24 * 60 * 60)),
             look_again_in: Duration::ZERO,
-            changed: listen(&self.shared, self.id),
+            changed: listen(&self.shared, self.identity.id),
         }));
         Prepared::LookAgain
     }
@@ -125,7 +125,7 @@ impl<S> Exchange<S> {
             .await;
         }
         // Registered before the record is read again, so that no change falls between.
-        let changed = listen(&self.shared, self.id);
+        let changed = listen(&self.shared, self.identity.id);
         if let Some(wait) = &mut self.wait {
             wait.changed = changed;
         }

@@ -6,19 +6,19 @@ use axum::{
     Json, Router,
     body::Bytes,
     extract::{MatchedPath, State},
-    http::{HeaderMap, StatusCode, Uri, header},
+    http::{HeaderMap, StatusCode, Uri},
     response::{Html, IntoResponse, Response},
     routing::{get, post},
 };
 use serde::Serialize;
-use serde_json::{Value, json, value::RawValue};
+use serde_json::{Value, value::RawValue};
 use tower_idempotency::{Attempt, IdempotencyLayer, MemoryStore};
 
 use crate::{
     faults::Faults,
     ledger::{Effect, Ledger},
     metrics,
-    providers::PROVIDERS,
+    providers::{PROVIDERS, Provider},
 };
 
 #[derive(Clone)]
@@ -43,7 +43,7 @@ pub fn router(
         }
         for route in provider.routes {
             let operation = post(move |state, path, uri, attempt, headers, body| {
-                create(provider.prefix, state, path, uri, attempt, headers, body)
+                create(provider, state, path, uri, attempt, headers, body)
             });
             router = router.route(route, operation.layer(layer.clone()));
         }
@@ -61,7 +61,7 @@ pub fn router(
 
 /// Creates something that costs money: one effect in the ledger and a fresh id.
 async fn create(
-    prefix: &'static str,
+    provider: &'static Provider,
     State(app): State<App>,
     path: MatchedPath,
     uri: Uri,
@@ -72,7 +72,7 @@ async fn create(
     let faults = match Faults::from_headers(&headers) {
         Ok(faults) => faults,
         Err(name) => {
-            return problem(
+            return (provider.error)(
                 StatusCode::BAD_REQUEST,
                 &format!("the header {name} says nothing usable"),
             );
@@ -92,10 +92,10 @@ async fn create(
     }
     let request = match parse(&body) {
         Ok(request) => request,
-        Err(detail) => return problem(StatusCode::BAD_REQUEST, &detail),
+        Err(detail) => return (provider.error)(StatusCode::BAD_REQUEST, &detail),
     };
-    let Some(id) = fresh_id(prefix) else {
-        return problem(StatusCode::SERVICE_UNAVAILABLE, "there is no randomness for an id");
+    let Some(id) = fresh_id(provider.prefix) else {
+        return (provider.error)(StatusCode::SERVICE_UNAVAILABLE, "there is no randomness for an id");
     };
     // A route with a wildcard is several operations: show which one it was.
     let route = if path.as_str().contains('{') {
@@ -106,7 +106,7 @@ async fn create(
     let effect = Effect::now(id.clone(), route.to_owned(), request);
     let at = effect.at.clone();
     if let Err(error) = app.ledger.record(effect).await {
-        return problem(
+        return (provider.error)(
             StatusCode::INTERNAL_SERVER_ERROR,
             &format!("the ledger cannot be written: {error}"),
         );
@@ -169,21 +169,6 @@ fn fresh_id(prefix: &str) -> Option<String> {
     getrandom::fill(&mut bytes).ok()?;
     let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     Some(format!("{prefix}_{digits}"))
-}
-
-fn problem(status: StatusCode, detail: &str) -> Response {
-    let problem = json!({
-        "type": "about:blank",
-        "title": status.canonical_reason().unwrap_or("Error"),
-        "status": status.as_u16(),
-        "detail": detail,
-    });
-    (
-        status,
-        [(header::CONTENT_TYPE, "application/problem+json")],
-        problem.to_string(),
-    )
-        .into_response()
 }
 
 async fn show_ledger(State(app): State<App>) -> Response {

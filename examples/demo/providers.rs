@@ -1,8 +1,12 @@
 //! The operations of each provider, and how its routes are protected.
 
-use std::time::Duration;
-
-use tower_idempotency::{Guarantee, IdempotencyLayer, KeySource};
+use axum::{
+    body::{Body, Bytes},
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde_json::json;
+use tower_idempotency::{IdempotencyLayer, Profile};
 
 /// Routes that are protected alike.
 pub struct Provider {
@@ -10,10 +14,9 @@ pub struct Provider {
     /// What the ids of its resources start with.
     pub prefix: &'static str,
     pub protect: fn(IdempotencyLayer) -> IdempotencyLayer,
+    /// An error of its handlers, in the form of its API.
+    pub error: fn(StatusCode, &str) -> Response,
 }
-
-const MINUTE: Duration = Duration::from_secs(60);
-const HOUR: Duration = Duration::from_secs(60 * 60);
 
 pub const PROVIDERS: &[Provider] = &[
     // The crate's defaults.
@@ -21,21 +24,19 @@ pub const PROVIDERS: &[Provider] = &[
         routes: &["/payments"],
         prefix: "pay",
         protect: IdempotencyLayer::require_key,
+        error: problem,
     },
     Provider {
         routes: &["/v3/check/digital"],
         prefix: "check",
-        protect: |layer| layer.store_when(|status| status.is_success()),
+        protect: |layer| layer.profile(Profile::checkbook()),
+        error: problem,
     },
     Provider {
-        routes: &["/v3/payouts/pay"],
+        routes: &["/v3/payouts/pay", "/v3/payouts/refund"],
         prefix: "payout",
-        protect: |layer| pockyt(layer).retention(5 * MINUTE),
-    },
-    Provider {
-        routes: &["/v3/payouts/refund"],
-        prefix: "refund",
-        protect: |layer| pockyt(layer).retention(72 * HOUR),
+        protect: |layer| layer.profile(Profile::pockyt()),
+        error: problem,
     },
     Provider {
         routes: &[
@@ -47,23 +48,33 @@ pub const PROVIDERS: &[Provider] = &[
             "/v1/card/{*rest}",
         ],
         prefix: "midas",
-        protect: |layer| layer,
+        protect: |layer| layer.profile(Profile::midaspay()),
+        error: midaspay_error,
     },
     Provider {
         routes: &["/checkout/v1/payment"],
         prefix: "checkout",
-        protect: |layer| {
-            layer
-                .key(KeySource::headers(["x-request-id", "request-id"]))
-                .require_key()
-        },
+        protect: |layer| layer.profile(Profile::doku()),
+        error: problem,
     },
 ];
 
-fn pockyt(layer: IdempotencyLayer) -> IdempotencyLayer {
-    layer
-        .key(KeySource::header("pockyt-request-id"))
-        .max_key_length(64)
-        .guarantee(Guarantee::AtLeastOnce)
-        .store_when(|status| status.is_success())
+pub fn problem(status: StatusCode, detail: &str) -> Response {
+    let problem = json!({
+        "type": "about:blank",
+        "title": status.canonical_reason().unwrap_or("Error"),
+        "status": status.as_u16(),
+        "detail": detail,
+    });
+    let content_type = [(header::CONTENT_TYPE, "application/problem+json")];
+    (status, content_type, problem.to_string()).into_response()
+}
+
+fn midaspay_error(status: StatusCode, message: &str) -> Response {
+    let code = match status {
+        StatusCode::BAD_REQUEST => "VALIDATION_ERROR",
+        _ => "INTERNAL_ERROR",
+    };
+    let error = Profile::midaspay_errors().error(status, code, message);
+    error.map(|body: Bytes| Body::from(body))
 }

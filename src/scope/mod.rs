@@ -1,14 +1,23 @@
 //! Who a key belongs to: the same characters from two tenants, or for two operations, are two keys.
 
+mod authorization;
+mod id;
+
 use std::{
     fmt,
     sync::{Arc, Once},
 };
 
-use http::{Uri, header, request::Parts};
-use sha2::{Digest, Sha256};
+use http::{Extensions, HeaderName, Uri, header, request::Parts};
 
-use crate::{key::IdempotencyKey, record::RecordId};
+use self::id::IdHasher;
+use crate::{
+    fingerprint::Fingerprint,
+    json::{Json, JsonBody, Pointer, digest},
+    key::IdempotencyKey,
+    record::RecordId,
+    rejection::{Rejection, RejectionKind},
+};
 
 /// The part of a record's identity that the server knows: the tenant and the operation.
 ///
@@ -77,17 +86,28 @@ impl fmt::Debug for Scope {
 
 type FromParts = dyn Fn(&Parts) -> Option<Scope> + Send + Sync;
 
+/// Where the tenant is found.
 #[derive(Clone, Default)]
-pub(crate) enum ScopeSource {
-    /// The `Authorization` header and the matched route.
+pub(crate) enum Tenant {
+    /// The `Authorization` header.
     #[default]
     Authorization,
+    /// These parameters of an `Authorization` header of this scheme; of any other, the whole header.
+    AuthorizationParameters(Arc<str>, Arc<[Box<str>]>),
+    /// All of these headers.
+    Headers(Arc<[HeaderName]>),
     Parts(Arc<FromParts>),
 }
 
-/// A closure found nobody whom the request's key could belong to.
-#[derive(Debug)]
-pub(crate) struct NoScope;
+/// What the scope of a key is made of.
+#[derive(Clone, Default)]
+pub(crate) struct ScopeRules {
+    pub(crate) tenant: Tenant,
+    /// Members of a JSON body that are part of the scope.
+    pub(crate) members: Vec<Pointer>,
+    /// In place of the matched route.
+    pub(crate) operation: Option<Arc<str>>,
+}
 
 // Each field of the hash starts with what it is, so that "no tenant" and "a tenant of no characters" differ.
 const NO_TENANT: u8 = 0;
@@ -97,84 +117,138 @@ const ROUTE: u8 = 3;
 const NAMED: u8 = 4;
 const ANY: u8 = 5;
 const KEY: u8 = 6;
+const HEADER: u8 = 7;
+const NO_HEADER: u8 = 8;
+const PARAMETER: u8 = 9;
+const MEMBER: u8 = 10;
+const NO_MEMBER: u8 = 11;
+const ALSO: u8 = 12;
+const DERIVED: u8 = 13;
 
-impl ScopeSource {
-    pub(crate) fn record_id(&self, parts: &Parts, key: &IdempotencyKey) -> Result<RecordId, NoScope> {
+impl ScopeRules {
+    /// Everything of a record's id but the key.
+    pub(crate) fn of(&self, parts: &Parts, body: &JsonBody<'_>) -> Result<ScopeHash, Rejection> {
         let mut id = IdHasher::new();
-        match self {
-            Self::Authorization => {
-                warn_once(parts);
-                let mut anonymous = true;
-                for value in parts.headers.get_all(header::AUTHORIZATION) {
-                    id.field(AUTHORIZATION, value.as_bytes());
-                    anonymous = false;
-                }
-                if anonymous {
-                    id.field(NO_TENANT, b"");
-                }
-                id.field(ROUTE, route(parts).as_bytes());
-            }
-            Self::Parts(scope) => {
-                let scope = scope(parts).ok_or(NoScope)?;
+        let mut operation = Operation::Route;
+        match &self.tenant {
+            Tenant::Authorization => whole_authorization(&mut id, parts),
+            Tenant::AuthorizationParameters(scheme, names) => parameters(&mut id, parts, scheme, names)?,
+            Tenant::Headers(names) => names.iter().for_each(|name| header(&mut id, parts, name)),
+            Tenant::Parts(scope) => {
+                let scope = scope(parts).ok_or_else(nobody)?;
                 match &scope.tenant {
                     Some(tenant) => id.field(TENANT, tenant),
                     None => id.field(NO_TENANT, b""),
                 }
-                match &scope.operation {
-                    Operation::Route => id.field(ROUTE, route(parts).as_bytes()),
-                    Operation::Named(name) => id.field(NAMED, name.as_bytes()),
-                    Operation::Any => id.field(ANY, b""),
-                }
+                operation = scope.operation;
             }
         }
-        id.field(KEY, key.as_str().as_bytes());
-        Ok(id.finish())
+        match (operation, &self.operation) {
+            (Operation::Route, Some(name)) => id.field(NAMED, name.as_bytes()),
+            (Operation::Route, None) => id.field(ROUTE, route(parts).as_bytes()),
+            (Operation::Named(name), _) => id.field(NAMED, name.as_bytes()),
+            (Operation::Any, _) => id.field(ANY, b""),
+        }
+        for pointer in &self.members {
+            member(&mut id, pointer, body)?;
+        }
+        Ok(ScopeHash(id))
     }
 }
 
-/// SHA-256 over tagged fields with their lengths; collected first, since many small updates cost more than one.
-struct IdHasher {
-    input: [u8; 256],
-    filled: usize,
-    hash: Option<Sha256>,
+fn nobody() -> Rejection {
+    Rejection::new(RejectionKind::ScopeMissing)
 }
 
-impl IdHasher {
-    fn new() -> Self {
-        Self {
-            input: [0; 256],
-            filled: 0,
-            hash: None,
+fn whole_authorization(id: &mut IdHasher, parts: &Parts) {
+    warn_once(parts);
+    let mut anonymous = true;
+    for value in parts.headers.get_all(header::AUTHORIZATION) {
+        id.field(AUTHORIZATION, value.as_bytes());
+        anonymous = false;
+    }
+    if anonymous {
+        id.field(NO_TENANT, b"");
+    }
+}
+
+/// Credentials of the scheme that do not clearly name these parameters name nobody: their nonce and signature would
+/// make every retry a new operation.
+fn parameters(id: &mut IdHasher, parts: &Parts, scheme: &str, names: &[Box<str>]) -> Result<(), Rejection> {
+    let unclear = |what: String| nobody().with_detail(what);
+    let mut lines = parts.headers.get_all(header::AUTHORIZATION).iter();
+    let (first, second) = (lines.next(), lines.next());
+    let Some(found) = first.and_then(|value| authorization::parameters(value, scheme)) else {
+        whole_authorization(id, parts);
+        return Ok(());
+    };
+    if second.is_some() {
+        return Err(unclear("the header `authorization` was sent more than once".to_owned()));
+    }
+    let found = found.ok_or_else(|| unclear(format!("the parameters of the scheme {scheme} cannot be read")))?;
+    for name in names {
+        let value = authorization::only(&found, name)
+            .ok_or_else(|| unclear(format!("the header `authorization` has to have one parameter `{name}`")))?;
+        id.field(PARAMETER, name.as_bytes());
+        id.field(PARAMETER, value.as_bytes());
+    }
+    Ok(())
+}
+
+fn header(id: &mut IdHasher, parts: &Parts, name: &HeaderName) {
+    let mut absent = true;
+    for value in parts.headers.get_all(name) {
+        id.field(HEADER, name.as_str().as_bytes());
+        id.field(HEADER, value.as_bytes());
+        absent = false;
+    }
+    if absent {
+        id.field(NO_HEADER, name.as_str().as_bytes());
+    }
+}
+
+/// By its value, so that `"7"` and `7` differ, and `7` and `7.0` do not.
+fn member(id: &mut IdHasher, pointer: &Pointer, body: &JsonBody<'_>) -> Result<(), Rejection> {
+    let found = match body.is_empty() {
+        true => Vec::new(),
+        false => pointer.find(body.json()?),
+    };
+    match found.first().copied().flatten() {
+        None | Some(Json::Null) => id.field(NO_MEMBER, pointer.as_str().as_bytes()),
+        Some(value) => {
+            id.field(MEMBER, pointer.as_str().as_bytes());
+            id.field(MEMBER, &digest(value)?);
         }
     }
+    Ok(())
+}
 
-    fn field(&mut self, tag: u8, bytes: &[u8]) {
-        self.write(&[tag]);
-        self.write(&(bytes.len() as u64).to_le_bytes());
-        self.write(bytes);
+/// A scope, ready to be made the id of a record by what is named in it.
+#[derive(Clone)]
+pub(crate) struct ScopeHash(IdHasher);
+
+impl ScopeHash {
+    /// The operation that the client's key names.
+    pub(crate) fn key(self, key: &IdempotencyKey) -> RecordId {
+        self.with(&[(KEY, key.as_str().as_bytes())])
     }
 
-    fn write(&mut self, bytes: &[u8]) {
-        if self.filled + bytes.len() > self.input.len() {
-            let hash = self.hash.get_or_insert_with(Sha256::new);
-            hash.update(&self.input[..self.filled]);
-            self.filled = 0;
-            if bytes.len() > self.input.len() {
-                hash.update(bytes);
-                return;
-            }
+    /// One of the keys that the operation claims beside its own.
+    pub(crate) fn also(&self, pointer: &Pointer, key: &IdempotencyKey) -> RecordId {
+        self.clone()
+            .with(&[(ALSO, pointer.as_str().as_bytes()), (KEY, key.as_str().as_bytes())])
+    }
+
+    /// The operation that has no key but what it is.
+    pub(crate) fn derived(self, fingerprint: &Fingerprint) -> RecordId {
+        self.with(&[(DERIVED, &[fingerprint.algorithm()]), (DERIVED, fingerprint.digest())])
+    }
+
+    fn with(mut self, fields: &[(u8, &[u8])]) -> RecordId {
+        for (tag, bytes) in fields {
+            self.0.field(*tag, bytes);
         }
-        self.input[self.filled..self.filled + bytes.len()].copy_from_slice(bytes);
-        self.filled += bytes.len();
-    }
-
-    fn finish(self) -> RecordId {
-        let rest = &self.input[..self.filled];
-        let digest = match self.hash {
-            None => Sha256::digest(rest),
-            Some(hash) => hash.chain_update(rest).finalize(),
-        };
-        RecordId::from_bytes(digest.into())
+        self.0.finish()
     }
 }
 
@@ -182,27 +256,27 @@ impl IdHasher {
 fn route(parts: &Parts) -> &str {
     match parts.extensions.get::<axum::extract::MatchedPath>() {
         Some(matched) => matched.as_str(),
-        None => sent_uri(parts).path(),
+        None => sent_uri(&parts.extensions, &parts.uri).path(),
     }
 }
 
 #[cfg(not(feature = "axum"))]
 fn route(parts: &Parts) -> &str {
-    sent_uri(parts).path()
+    sent_uri(&parts.extensions, &parts.uri).path()
 }
 
 /// What the client asked for. A nested router strips its prefix, with the ids in it, before the request comes here.
 #[cfg(feature = "axum")]
-pub(crate) fn sent_uri(parts: &Parts) -> &Uri {
-    match parts.extensions.get::<axum::extract::OriginalUri>() {
+pub(crate) fn sent_uri<'r>(extensions: &'r Extensions, uri: &'r Uri) -> &'r Uri {
+    match extensions.get::<axum::extract::OriginalUri>() {
         Some(original) => &original.0,
-        None => &parts.uri,
+        None => uri,
     }
 }
 
 #[cfg(not(feature = "axum"))]
-pub(crate) fn sent_uri(parts: &Parts) -> &Uri {
-    &parts.uri
+pub(crate) fn sent_uri<'r>(_: &'r Extensions, uri: &'r Uri) -> &'r Uri {
+    uri
 }
 
 /// The default scope is safe between tenants that authenticate by the `Authorization` header; say once where it may not
@@ -235,7 +309,9 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-    use crate::key::{KeyRules, KeySource};
+    use sha2::{Digest, Sha256};
+
+    use crate::key::{InHead, KeyRules, KeySource};
 
     fn request(authorization: Option<&str>, path: &str, key: &str) -> Parts {
         let mut request = http::Request::post(path).header("idempotency-key", key);
@@ -245,18 +321,29 @@ mod tests {
         request.body(()).unwrap().into_parts().0
     }
 
-    fn id_of(source: &ScopeSource, parts: &Parts) -> RecordId {
-        let key = KeySource::default().find(parts, &KeyRules::default()).unwrap().unwrap();
-        source.record_id(parts, &key).unwrap()
+    fn id_of(tenant: Tenant, parts: &Parts) -> RecordId {
+        let rules = ScopeRules {
+            tenant,
+            ..ScopeRules::default()
+        };
+        let scope = rules.of(parts, &JsonBody::new(b"")).unwrap();
+        scope.key(&key_of(parts))
+    }
+
+    fn key_of(parts: &Parts) -> IdempotencyKey {
+        match KeySource::default().in_head(parts, &KeyRules::default()) {
+            Ok(InHead::Key(key)) => key,
+            _ => unreachable!("every request here has a key"),
+        }
     }
 
     fn id(authorization: Option<&str>, path: &str, key: &str) -> RecordId {
-        id_of(&ScopeSource::Authorization, &request(authorization, path, key))
+        id_of(Tenant::Authorization, &request(authorization, path, key))
     }
 
     fn scoped(scope: Scope, path: &str, key: &str) -> RecordId {
-        let source = ScopeSource::Parts(Arc::new(move |_| Some(scope.clone())));
-        id_of(&source, &request(None, path, key))
+        let tenant = Tenant::Parts(Arc::new(move |_| Some(scope.clone())));
+        id_of(tenant, &request(None, path, key))
     }
 
     #[test]
@@ -336,12 +423,11 @@ mod tests {
 
     #[test]
     fn a_caller_without_a_scope_has_no_id() {
-        let parts = request(None, "/", "k");
-        let key = KeySource::default()
-            .find(&parts, &KeyRules::default())
-            .unwrap()
-            .unwrap();
-        let nobody = ScopeSource::Parts(Arc::new(|_| None));
-        assert!(nobody.record_id(&parts, &key).is_err());
+        let rules = ScopeRules {
+            tenant: Tenant::Parts(Arc::new(|_| None)),
+            ..ScopeRules::default()
+        };
+        let rejection = rules.of(&request(None, "/", "k"), &JsonBody::new(b"")).err().unwrap();
+        assert_eq!(rejection.kind(), RejectionKind::ScopeMissing);
     }
 }

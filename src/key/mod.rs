@@ -1,13 +1,25 @@
 //! The idempotency key: where it is taken from and what it may look like.
 
+mod source;
+
 use std::{fmt, sync::Arc};
 
-use http::{HeaderMap, HeaderName, HeaderValue, request::Parts};
+use http::{HeaderName, HeaderValue};
 use sfv::{BareItem, Item, Parser};
 
-use crate::rejection::{Rejection, RejectionKind};
+pub(crate) use self::source::InHead;
+pub use self::source::KeySource;
+
+use crate::{
+    fingerprint::Fingerprint,
+    record::RecordId,
+    rejection::{Rejection, RejectionKind},
+};
 
 /// The client's name for one operation, already checked against the layer's rules.
+///
+/// Of a request without a key whose key is [derived](crate::WithoutKey::DeriveAndReplay) it is the hexadecimal digest
+/// of the fingerprint.
 ///
 /// Keys are case-sensitive. The text is at most [`max_key_length`](crate::IdempotencyLayer::max_key_length)
 /// characters long; by default each is visible ASCII.
@@ -20,6 +32,13 @@ impl IdempotencyKey {
     /// The characters of the key, without the quotes of a structured field.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl From<&Fingerprint> for IdempotencyKey {
+    /// The name of an operation that the client gave none.
+    fn from(fingerprint: &Fingerprint) -> Self {
+        Self(RecordId::from_bytes(*fingerprint.digest()).to_hex().into())
     }
 }
 
@@ -40,78 +59,8 @@ pub enum KeyFormat {
     Strict,
 }
 
-/// Where the idempotency key of a request is found.
-///
-/// ```
-/// use tower_idempotency::KeySource;
-///
-/// let one = KeySource::header("idempotency-key");
-/// let first_of_two = KeySource::headers(["x-request-id", "request-id"]);
-/// let from_the_path = KeySource::parts(|parts| {
-///     parts.uri.path().rsplit('/').next().map(str::to_owned)
-/// });
-/// ```
-#[derive(Clone)]
-pub struct KeySource(Source);
-
-type FromParts = dyn Fn(&Parts) -> Option<String> + Send + Sync;
-
-#[derive(Clone)]
-enum Source {
-    Headers(Arc<[HeaderName]>),
-    Parts(Arc<FromParts>),
-}
-
-impl KeySource {
-    /// One header. A request that carries it on two lines is refused.
-    ///
-    /// Not a request or trace id that proxies make: it is new for every attempt, so that every retry would run.
-    ///
-    /// # Panics
-    /// If `name` is not a header name.
-    pub fn header(name: &str) -> Self {
-        Self::headers([name])
-    }
-
-    /// The first of several headers that the request carries, in the order given here.
-    ///
-    /// # Panics
-    /// If there is no name, or one is not a header name.
-    #[allow(clippy::panic, reason = "documented, and before any request")]
-    pub fn headers<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
-        let parse = |name: &str| match HeaderName::from_bytes(name.as_bytes()) {
-            Ok(name) => name,
-            Err(_) => panic!("{name:?} is not a header name"),
-        };
-        let names: Arc<[_]> = names.into_iter().map(parse).collect();
-        assert!(!names.is_empty(), "a key source needs at least one header");
-        Self(Source::Headers(names))
-    }
-
-    /// Whatever the closure makes of the request's parts; `None` means that no key was sent.
-    pub fn parts(key: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
-        Self(Source::Parts(Arc::new(key)))
-    }
-}
-
-impl Default for KeySource {
-    /// The `Idempotency-Key` header.
-    fn default() -> Self {
-        Self::header("idempotency-key")
-    }
-}
-
-impl fmt::Debug for KeySource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
-            Source::Headers(names) => f.debug_tuple("Headers").field(names).finish(),
-            Source::Parts(_) => f.write_str("Parts(..)"),
-        }
-    }
-}
-
 /// A closure's answer for a key that it does not take: the rule that the key broke, for the client to read.
-type KeyRule = dyn Fn(&str) -> Result<(), &'static str> + Send + Sync;
+pub(crate) type KeyRule = dyn Fn(&str) -> Result<(), &'static str> + Send + Sync;
 
 /// What a key may look like.
 #[derive(Clone)]
@@ -119,6 +68,8 @@ pub(crate) struct KeyRules {
     pub(crate) format: KeyFormat,
     pub(crate) max_length: usize,
     pub(crate) rule: Arc<KeyRule>,
+    /// In the body of one request, beside its own.
+    pub(crate) max_keys: usize,
 }
 
 impl Default for KeyRules {
@@ -127,11 +78,16 @@ impl Default for KeyRules {
             format: KeyFormat::Lenient,
             max_length: 255,
             rule: Arc::new(visible_ascii),
+            max_keys: 256,
         }
     }
 }
 
-fn visible_ascii(key: &str) -> Result<(), &'static str> {
+/// Takes what [`IdempotencyLayer::key_rule`](crate::IdempotencyLayer::key_rule) takes by default.
+///
+/// # Errors
+/// For characters that are not visible ASCII.
+pub fn visible_ascii(key: &str) -> Result<(), &'static str> {
     if key.bytes().all(|byte| byte.is_ascii_graphic()) {
         Ok(())
     } else {
@@ -139,52 +95,35 @@ fn visible_ascii(key: &str) -> Result<(), &'static str> {
     }
 }
 
-impl KeySource {
-    /// The key of this request, `None` if it carries none, or the rule that its key breaks.
-    pub(crate) fn find(&self, parts: &Parts, rules: &KeyRules) -> Result<Option<IdempotencyKey>, Rejection> {
-        match &self.0 {
-            Source::Headers(names) => {
-                for name in names.iter() {
-                    let mut lines = parts.headers.get_all(name).iter();
-                    return match (lines.next(), lines.next()) {
-                        (None, _) => continue,
-                        (Some(value), None) => rules.parse_header(name, value).map(Some),
-                        (Some(_), Some(_)) => {
-                            Err(rules.invalid(format!("the header `{name}` was sent more than once")))
-                        }
-                    };
-                }
-                Ok(None)
-            }
-            Source::Parts(key) => match key(parts) {
-                None => Ok(None),
-                Some(text) => rules.check(&text).map(Some),
-            },
-        }
-    }
+/// Takes keys of any characters; those of a header have to be UTF-8. For
+/// [`key_rule`](crate::IdempotencyLayer::key_rule).
+///
+/// # Errors
+/// None.
+pub fn any_text(_: &str) -> Result<(), &'static str> {
+    Ok(())
+}
 
-    /// A quick look: `false` means that the request carries no key.
-    pub(crate) fn may_be_in(&self, headers: &HeaderMap) -> bool {
-        match &self.0 {
-            Source::Headers(names) => names.iter().any(|name| headers.contains_key(name)),
-            Source::Parts(_) => true,
-        }
-    }
-
-    /// What to call the place in a message to the client.
-    pub(crate) fn describe(&self) -> String {
-        match &self.0 {
-            Source::Headers(names) => {
-                let names: Vec<_> = names.iter().map(|name| format!("`{name}`")).collect();
-                format!("the header {}", names.join(" or "))
-            }
-            Source::Parts(_) => "an idempotency key".to_owned(),
-        }
+/// Takes UUIDs (RFC 9562), written with hyphens: 36 characters. For
+/// [`key_rule`](crate::IdempotencyLayer::key_rule). The key is still compared as text: the same UUID in upper and in
+/// lower case is two keys.
+///
+/// # Errors
+/// For everything else.
+pub fn uuid(key: &str) -> Result<(), &'static str> {
+    let is_uuid = key.len() == 36
+        && key.bytes().enumerate().all(|(at, byte)| match at {
+            8 | 13 | 18 | 23 => byte == b'-',
+            _ => byte.is_ascii_hexdigit(),
+        });
+    match is_uuid {
+        true => Ok(()),
+        false => Err("the idempotency key has to be a UUID, such as 123e4567-e89b-12d3-a456-426614174000"),
     }
 }
 
 impl KeyRules {
-    fn parse_header(&self, name: &HeaderName, value: &HeaderValue) -> Result<IdempotencyKey, Rejection> {
+    pub(crate) fn parse_header(&self, name: &HeaderName, value: &HeaderValue) -> Result<IdempotencyKey, Rejection> {
         let bytes = value.as_bytes().trim_ascii();
         // In the longest accepted form every character is escaped and the whole is quoted.
         if bytes.len() > self.max_length.saturating_mul(4).saturating_add(2) {
@@ -215,7 +154,7 @@ impl KeyRules {
         }
     }
 
-    fn check(&self, text: &str) -> Result<IdempotencyKey, Rejection> {
+    pub(crate) fn check(&self, text: &str) -> Result<IdempotencyKey, Rejection> {
         if text.is_empty() {
             return Err(self.invalid("the idempotency key is empty".to_owned()));
         }
@@ -236,7 +175,7 @@ impl KeyRules {
         ))
     }
 
-    fn invalid(&self, detail: String) -> Rejection {
+    pub(crate) fn invalid(&self, detail: String) -> Rejection {
         Rejection::new(RejectionKind::KeyInvalid).with_detail(detail)
     }
 }
@@ -255,8 +194,9 @@ mod tests {
                 .append(*name, HeaderValue::from_bytes(value).unwrap());
         }
         let (parts, ()) = request.into_parts();
-        match source.find(&parts, rules) {
-            Ok(key) => Ok(key.map(|key| key.as_str().to_owned())),
+        match source.in_head(&parts, rules) {
+            Ok(InHead::Key(key)) => Ok(Some(key.as_str().to_owned())),
+            Ok(_) => Ok(None),
             Err(rejection) => {
                 assert_eq!(rejection.kind(), RejectionKind::KeyInvalid);
                 Err(rejection.detail().unwrap().to_owned())
@@ -360,10 +300,10 @@ mod tests {
         let source = KeySource::parts(|parts| Some(parts.uri.path().trim_start_matches('/').to_owned()));
         let find = |uri: &str| {
             let (parts, ()) = http::Request::builder().uri(uri).body(()).unwrap().into_parts();
-            source.find(&parts, &KeyRules::default())
+            source.in_head(&parts, &KeyRules::default())
         };
-        assert_eq!(find("/abc").unwrap().unwrap().as_str(), "abc");
-        assert_eq!(find("/").unwrap_err().kind(), RejectionKind::KeyInvalid);
+        assert!(matches!(find("/abc"), Ok(InHead::Key(key)) if key.as_str() == "abc"));
+        assert!(matches!(find("/"), Err(rejection) if rejection.kind() == RejectionKind::KeyInvalid));
     }
 
     #[test]

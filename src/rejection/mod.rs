@@ -1,124 +1,16 @@
 //! Refusals: what a client is told when its request does not run.
 
+mod format;
+mod kind;
+
 use std::{borrow::Cow, collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderValue, Response, StatusCode, header, request::Parts};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header, request::Parts};
 use serde_json::Value;
 
+pub use self::{format::RejectionFormat, kind::RejectionKind};
 use crate::{grpc, random};
-
-/// Which rule a refused request met. Each kind is one problem type, described in [`problems`](crate::problems).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum RejectionKind {
-    /// The operation requires a key and none was sent.
-    KeyMissing,
-    /// The key that was sent is unusable.
-    KeyInvalid,
-    /// The scope closure did not find the tenant that the key belongs to.
-    ScopeMissing,
-    /// The request body is over the limit.
-    BodyTooLarge,
-    /// The request body broke off.
-    BodyIncomplete,
-    /// The key was used for a different request.
-    KeyReused,
-    /// The first request with this key is still running.
-    InProgress,
-    /// The first request ended without a known outcome.
-    OutcomeUnknown,
-    /// The operation is done, but its answer was too large to keep or a stream.
-    ResponseNotKept,
-    /// The store cannot be reached.
-    StoreUnavailable,
-    /// The store has no room for another key.
-    StoreFull,
-    /// The stored record cannot be read.
-    RecordUnreadable,
-    /// The stored record was written by a newer version of the software.
-    RecordFromNewerVersion,
-}
-
-impl RejectionKind {
-    /// The last part of the problem's `type` URI.
-    pub fn slug(self) -> &'static str {
-        self.facts().0
-    }
-
-    /// The status that a refusal of this kind has unless the layer says otherwise.
-    pub fn default_status(self) -> StatusCode {
-        self.facts().1
-    }
-
-    /// The problem's `title` unless the layer says otherwise.
-    pub fn default_title(self) -> &'static str {
-        self.facts().2
-    }
-
-    fn facts(self) -> (&'static str, StatusCode, &'static str) {
-        use StatusCode as S;
-        match self {
-            Self::KeyMissing => ("idempotency-key-missing", S::BAD_REQUEST, "Idempotency key is missing"),
-            Self::KeyInvalid => ("idempotency-key-invalid", S::BAD_REQUEST, "Idempotency key is invalid"),
-            Self::ScopeMissing => (
-                "idempotency-scope-missing",
-                S::BAD_REQUEST,
-                "Owner of the idempotency key is unknown",
-            ),
-            Self::BodyTooLarge => (
-                "request-body-too-large",
-                S::PAYLOAD_TOO_LARGE,
-                "Request body is too large",
-            ),
-            Self::BodyIncomplete => ("request-body-incomplete", S::BAD_REQUEST, "Request body is incomplete"),
-            Self::KeyReused => (
-                "idempotency-key-reused",
-                S::UNPROCESSABLE_ENTITY,
-                "Idempotency key was used for a different request",
-            ),
-            Self::InProgress => (
-                "request-in-progress",
-                S::CONFLICT,
-                "A request with this idempotency key is in progress",
-            ),
-            Self::OutcomeUnknown => (
-                "outcome-unknown",
-                S::CONFLICT,
-                "The outcome of the first request is unknown",
-            ),
-            Self::ResponseNotKept => (
-                "response-not-kept",
-                S::CONFLICT,
-                "The request was processed, but its response was not kept",
-            ),
-            Self::StoreUnavailable => (
-                "store-unavailable",
-                S::SERVICE_UNAVAILABLE,
-                "The idempotency store is unavailable",
-            ),
-            Self::StoreFull => ("store-full", S::SERVICE_UNAVAILABLE, "The idempotency store is full"),
-            Self::RecordUnreadable => (
-                "record-unreadable",
-                S::INTERNAL_SERVER_ERROR,
-                "The record of the first request cannot be read",
-            ),
-            Self::RecordFromNewerVersion => (
-                "record-from-newer-version",
-                S::SERVICE_UNAVAILABLE,
-                "The record of the first request was written by a newer version",
-            ),
-        }
-    }
-
-    /// Whether the same request may succeed when it is sent again a little later.
-    fn passes_with_time(self) -> bool {
-        matches!(
-            self,
-            Self::InProgress | Self::StoreUnavailable | Self::StoreFull | Self::RecordFromNewerVersion
-        )
-    }
-}
 
 /// Why a request was refused. Found in the extensions of every refusal, and handed to
 /// [`rejections`](crate::IdempotencyLayer::rejections).
@@ -127,10 +19,12 @@ pub struct Rejection {
     kind: RejectionKind,
     status: StatusCode,
     title: Cow<'static, str>,
-    type_uri: String,
-    detail: Option<String>,
+    type_uri: Box<str>,
+    detail: Option<Box<str>>,
     retry_after: Option<Duration>,
     original_status: Option<StatusCode>,
+    code: Option<Cow<'static, str>>,
+    debug_id: Box<str>,
 }
 
 impl Rejection {
@@ -139,15 +33,17 @@ impl Rejection {
             kind,
             status: kind.default_status(),
             title: Cow::Borrowed(kind.default_title()),
-            type_uri: String::new(),
+            type_uri: Box::default(),
             detail: None,
             retry_after: None,
             original_status: None,
+            code: None,
+            debug_id: Box::default(),
         }
     }
 
     pub(crate) fn with_detail(mut self, detail: String) -> Self {
-        self.detail = Some(detail);
+        self.detail = Some(detail.into());
         self
     }
 
@@ -191,6 +87,28 @@ impl Rejection {
         self.original_status
     }
 
+    /// The API's name for what is wrong, as set by [`rejection_code`](crate::IdempotencyLayer::rejection_code), or else
+    /// [`RejectionKind::slug`].
+    pub fn code(&self) -> &str {
+        self.code.as_deref().unwrap_or(self.kind.slug())
+    }
+
+    /// 32 hexadecimal digits that no other refusal has, and that stand in the log beside the reason. Empty if the
+    /// operating system has no randomness to give.
+    pub fn debug_id(&self) -> &str {
+        &self.debug_id
+    }
+
+    fn draw_debug_id(&mut self) {
+        self.debug_id = random::bytes().map_or_else(|_| Box::default(), |bytes| hex(&bytes).into());
+    }
+
+    fn announce_retry(&self, headers: &mut HeaderMap) {
+        if let Some(after) = self.retry_after {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_secs()));
+        }
+    }
+
     /// The refusal as `application/problem+json` (RFC 9457).
     pub fn problem_document(&self) -> Bytes {
         let text = |text: &str| Value::from(text).to_string();
@@ -221,7 +139,7 @@ impl fmt::Display for Rejection {
     }
 }
 
-type Hook = dyn Fn(&Rejection, &Parts) -> Response<Bytes> + Send + Sync;
+pub(crate) type Hook = dyn Fn(&Rejection, &Parts) -> Response<Bytes> + Send + Sync;
 
 /// How refusals look: every part of them is a setting.
 #[derive(Clone)]
@@ -230,6 +148,10 @@ pub(crate) struct Problems {
     pub(crate) statuses: HashMap<RejectionKind, StatusCode>,
     pub(crate) titles: HashMap<RejectionKind, Cow<'static, str>>,
     pub(crate) retry_after: Duration,
+    pub(crate) codes: HashMap<RejectionKind, Cow<'static, str>>,
+    /// Of one kind, or of every other.
+    pub(crate) formats: HashMap<Option<RejectionKind>, RejectionFormat>,
+    pub(crate) headers: Vec<(RejectionKind, HeaderName, HeaderValue)>,
     pub(crate) hook: Option<Arc<Hook>>,
 }
 
@@ -240,6 +162,9 @@ impl Default for Problems {
             statuses: HashMap::new(),
             titles: HashMap::new(),
             retry_after: Duration::from_secs(1),
+            codes: HashMap::new(),
+            formats: HashMap::new(),
+            headers: Vec::new(),
             hook: None,
         }
     }
@@ -255,15 +180,22 @@ impl Problems {
         if let Some(title) = self.titles.get(&kind) {
             rejection.title = title.clone();
         }
-        rejection.type_uri = format!("{}{}", self.base, kind.slug());
+        rejection.type_uri = format!("{}{}", self.base, kind.slug()).into();
         if kind.passes_with_time() {
             rejection.retry_after = Some(with_jitter(self.retry_after));
         }
-        let mut response = match &self.hook {
-            Some(hook) => hook(&rejection, parts),
-            None if grpc::is_grpc(&parts.headers) => grpc::refusal(&rejection, &parts.headers),
-            None => problem_response(&rejection),
+        rejection.code = self.codes.get(&kind).cloned();
+        rejection.draw_debug_id();
+        let format = self.formats.get(&Some(kind)).or_else(|| self.formats.get(&None));
+        let mut response = match (&self.hook, format) {
+            (Some(hook), _) => hook(&rejection, parts),
+            (None, _) if grpc::is_grpc(&parts.headers) => grpc::refusal(&rejection, &parts.headers),
+            (None, Some(format)) => format.response(&rejection),
+            (None, None) => problem_response(&rejection),
         };
+        for (_, name, value) in self.headers.iter().filter(|(of, ..)| *of == kind) {
+            response.headers_mut().insert(name, value.clone());
+        }
         response.extensions_mut().insert(rejection);
         response
     }
@@ -275,6 +207,10 @@ impl fmt::Debug for Problems {
             .field("base", &self.base)
             .finish_non_exhaustive()
     }
+}
+
+fn hex(bytes: &[u8; 16]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn problem_response(rejection: &Rejection) -> Response<Bytes> {
@@ -290,9 +226,7 @@ fn problem_response(rejection: &Rejection) -> Response<Bytes> {
     if let Ok(link) = HeaderValue::try_from(link) {
         headers.insert(header::LINK, link);
     }
-    if let Some(after) = rejection.retry_after {
-        headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_secs()));
-    }
+    rejection.announce_retry(headers);
     response
 }
 

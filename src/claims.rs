@@ -1,0 +1,75 @@
+//! An operation that claims more than one key: all of them, or none.
+//!
+//! The operation's own record is claimed first. Whoever holds it holds the right to the others, so what an earlier
+//! attempt at the same operation left behind is taken over, and what another operation holds is never touched. Each of
+//! the others is kept with the name of the operation in place of a fingerprint.
+
+use crate::{
+    error::StoreError,
+    fingerprint::Fingerprint,
+    flow::{begin, unusable_store},
+    guard::Guard,
+    record::{Begin, Claim, Lease, RecordId},
+    rejection::{Rejection, RejectionKind},
+};
+
+/// Claims `others` under a guard that holds the operation's own record. What was claimed is with the guard, also when
+/// the rest is refused.
+pub(crate) async fn claim_others(guard: &Guard, claim: &Claim, others: &[RecordId]) -> Result<(), Rejection> {
+    let operation = guard.lease().id;
+    let beside = Fingerprint::beside(&operation);
+    let claim = Claim::new(beside, claim.owner, claim.lease, claim.retention);
+    for id in others {
+        match claim_one(guard, id, claim.clone()).await {
+            Ok(()) if guard.is_lost() => return Err(Rejection::new(RejectionKind::InProgress)),
+            Ok(()) => {}
+            Err(rejection) => {
+                tracing::debug!(record = %operation, other = %id, "a key beside the operation's own is not to be had");
+                return Err(rejection);
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn claim_one(guard: &Guard, id: &RecordId, mut claim: Claim) -> Result<(), Rejection> {
+    loop {
+        match found(begin(guard.shared(), id, &claim).await, &claim) {
+            Found::Acquired(lease) => {
+                guard.add(lease);
+                return Ok(());
+            }
+            Found::Done => return Ok(()),
+            Found::Lost(lost) if claim.takeover != Some(lost) => claim.takeover = Some(lost),
+            Found::Lost(_) => return Err(Rejection::new(RejectionKind::StoreUnavailable)),
+            Found::Refused(rejection) => return Err(rejection),
+        }
+    }
+}
+
+enum Found {
+    Acquired(Lease),
+    /// An earlier attempt at this operation completed it. What follows is only that operation's own end.
+    Done,
+    /// By an earlier attempt at this operation.
+    Lost(Lease),
+    Refused(Rejection),
+}
+
+fn found(begin: Result<Begin, StoreError>, claim: &Claim) -> Found {
+    let own = &claim.fingerprint;
+    match begin {
+        Ok(Begin::Acquired(lease)) => Found::Acquired(lease),
+        Ok(Begin::Completed { fingerprint, .. }) if fingerprint == *own => Found::Done,
+        Ok(Begin::Abandoned { fingerprint, lost }) if fingerprint == *own => Found::Lost(lost),
+        // An attempt that lost the operation's own record has not let go of this one yet.
+        Ok(Begin::InProgress { fingerprint, .. }) if fingerprint == *own => {
+            Found::Refused(Rejection::new(RejectionKind::InProgress))
+        }
+        Ok(Begin::Completed { .. } | Begin::Abandoned { .. } | Begin::InProgress { .. }) => Found::Refused(
+            Rejection::new(RejectionKind::KeyReused)
+                .with_detail("one of the keys in the request's body belongs to another operation".to_owned()),
+        ),
+        Err(error) => Found::Refused(unusable_store(&error)),
+    }
+}

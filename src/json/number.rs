@@ -1,0 +1,119 @@
+//! Decimal numbers of any length, compared by value.
+
+/// A number: `digits` without zeros at either end, times ten to the `exponent`. Zero has no digits.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Decimal {
+    negative: bool,
+    digits: String,
+    exponent: i64,
+}
+
+impl Decimal {
+    /// `None` for what is not a number, or one whose exponent nobody can mean.
+    pub(super) fn parse(written: &str) -> Option<Self> {
+        let (negative, rest) = match written.strip_prefix('-') {
+            Some(rest) => (true, rest),
+            None => (false, written),
+        };
+        let (mantissa, exponent) = rest.split_once(['e', 'E']).unwrap_or((rest, "0"));
+        let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+        let digits = [whole, fraction].concat();
+        if digits.is_empty() || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+            return None;
+        }
+        let digits = digits.trim_start_matches('0');
+        let significant = digits.trim_end_matches('0');
+        if significant.is_empty() {
+            return Some(Self {
+                negative: false,
+                digits: String::new(),
+                exponent: 0,
+            });
+        }
+        let shift = digits.len() as i64 - significant.len() as i64 - fraction.len() as i64;
+        let exponent = i64::from(exponent.parse::<i32>().ok()?) + shift;
+        Some(Self {
+            negative,
+            digits: significant.to_owned(),
+            exponent,
+        })
+    }
+
+    pub(super) fn to_text(&self) -> String {
+        let sign = if self.negative { "-" } else { "" };
+        format!("{sign}{}e{}", self.digits, self.exponent)
+    }
+}
+
+pub(super) fn is_in_range(written: &str) -> bool {
+    Decimal::parse(written).is_some() && nearest(written).is_finite()
+}
+
+/// The double that every JSON reader takes the number for.
+pub(super) fn nearest(written: &str) -> f64 {
+    written.parse().unwrap_or(f64::NAN)
+}
+
+/// The number's exact value, unless it is the one that its double is written as: then the double says it all.
+pub(super) fn beyond_double(written: &str) -> Option<String> {
+    let exact = Decimal::parse(written)?;
+    let double = Decimal::parse(&format!("{:e}", nearest(written)));
+    (double.as_ref() != Some(&exact)).then(|| exact.to_text())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn numbers_are_equal_by_value_whatever_their_form() {
+        for same in [
+            &["1", "1.0", "1e0", "10e-1", "0.1E+1", "100e-2"][..],
+            &["0", "-0", "0.000", "0e99999999999999999999", "-0e-5"],
+            &["-1200", "-1.2e3", "-12E2"],
+            &["9007199254740993", "9007199254740993.0", "9.007199254740993e15"],
+        ] {
+            let first = Decimal::parse(same[0]).unwrap();
+            for other in same {
+                assert_eq!(Decimal::parse(other).unwrap(), first, "{other}");
+            }
+        }
+        assert_ne!(Decimal::parse("9007199254740993"), Decimal::parse("9007199254740992"));
+        assert_ne!(Decimal::parse("0.1"), Decimal::parse("0.10000000000000001"));
+        assert_ne!(Decimal::parse("1"), Decimal::parse("-1"));
+    }
+
+    #[test]
+    fn only_what_a_double_does_not_say_is_kept_apart() {
+        for plain in [
+            "0",
+            "-0",
+            "1",
+            "0.1",
+            "500.00",
+            "1e21",
+            "9007199254740992",
+            "1.7976931348623157e308",
+            "5e-324",
+        ] {
+            assert_eq!(beyond_double(plain), None, "{plain}");
+        }
+        for exact in [
+            "9007199254740993",
+            "0.1000000000000000055",
+            "1e-400",
+            "12345678901234567890",
+        ] {
+            assert!(beyond_double(exact).is_some(), "{exact}");
+        }
+    }
+
+    #[test]
+    fn an_exponent_that_nobody_can_mean_is_refused() {
+        assert!(!is_in_range("1e-99999999999"));
+        assert!(!is_in_range("1e400"));
+        assert!(is_in_range("1e-400"));
+    }
+}

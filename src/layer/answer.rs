@@ -1,0 +1,132 @@
+//! Settings: which answers are kept, for how long, and what a replay looks like.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Response, StatusCode, request, response};
+
+use super::IdempotencyLayer;
+use crate::{
+    policy::{IsStream, Replay, StoreWhen},
+    record::Retention,
+    statuses::Statuses,
+};
+
+impl IdempotencyLayer {
+    /// How long a completed operation is remembered, from its completion. After that its key is free, and **a retry
+    /// runs again**: keep it longer than the slowest client retries. Default: 24 hours.
+    /// New records only: those that exist keep theirs.
+    ///
+    /// # Panics
+    /// If `retention` is zero.
+    #[must_use]
+    pub fn retention(self, retention: impl Into<Retention>) -> Self {
+        let retention = retention.into();
+        assert!(
+            retention != Retention::For(Duration::ZERO),
+            "an answer that is kept for no time protects nothing"
+        );
+        self.set(|policy| policy.retention = retention)
+    }
+
+    /// Which statuses say that the operation was executed, so that the answer is kept. Default: all but 401, 403, 408,
+    /// 425, 429 and 503 ([`Statuses::default`]). A handler's [`Keep`](crate::Keep) goes first.
+    ///
+    /// **Dangerous to narrow.** A status that this closure rejects says that *nothing happened*: the key is free, and
+    /// the next request with it runs, whatever the [`Guarantee`](crate::Guarantee). A handler that charges and then
+    /// answers 500 charges twice under `|status| status.is_success()`. The same holds for the defaults: answer 408,
+    /// 425, 429 or 503 only before any effect, and do not pass on a 503 of a service that you have already called.
+    ///
+    /// A gRPC call that fails without a message counts as the HTTP status of its code, so `UNAUTHENTICATED`,
+    /// `PERMISSION_DENIED`, `RESOURCE_EXHAUSTED` and `UNAVAILABLE` free the key.
+    ///
+    /// A timeout layer *below* this one cuts the handler and answers for it, with 408 by default, which frees
+    /// the key although the handler may have had its effect. Put it above this layer, where the handler runs on, or
+    /// let it answer 504, which is kept.
+    #[must_use]
+    pub fn store_when(self, executed: impl Fn(StatusCode) -> bool + Send + Sync + 'static) -> Self {
+        let executed = StoreWhen::Says(Arc::new(executed));
+        self.set(|policy| policy.store_when = executed.clone())
+    }
+
+    /// As [`store_when`](Self::store_when), by a set of statuses, with the same danger.
+    #[must_use]
+    pub fn store_statuses(self, executed: Statuses) -> Self {
+        self.set(|policy| policy.store_when = StoreWhen::In(executed.clone()))
+    }
+
+    /// The most bytes of an answer's body that are kept. A larger one streams through; its duplicates are told that the
+    /// operation is done but its answer was not kept (409), and never run. Default: 1 MiB.
+    #[must_use]
+    pub fn max_response_body(self, bytes: usize) -> Self {
+        self.set(|policy| policy.max_response_body = bytes)
+    }
+
+    /// Which answers are streams by nature: they are passed on at once and not kept. Default: upgrades,
+    /// `text/event-stream` and `multipart/x-mixed-replace`.
+    #[must_use]
+    pub fn stream_when(self, is_stream: impl Fn(&response::Parts) -> bool + Send + Sync + 'static) -> Self {
+        let is_stream: Arc<IsStream> = Arc::new(is_stream);
+        self.set(|policy| policy.stream_when = Arc::clone(&is_stream))
+    }
+
+    /// One more field of answers that is not stored; the first answer still has it. Default: `Set-Cookie`,
+    /// `WWW-Authenticate` and `Proxy-Authenticate`.
+    ///
+    /// The fields of the connection (`Connection` and what it names, `Keep-Alive`, `Proxy-*`, `TE`, `Trailer`,
+    /// `Transfer-Encoding`, `Upgrade`) and `Date` are never stored.
+    #[must_use]
+    pub fn drop_header(self, name: HeaderName) -> Self {
+        self.set(|policy| policy.dropped_headers.push(name.clone()))
+    }
+
+    /// Stores a field of answers that is [dropped](Self::drop_header) by default: every duplicate gets it.
+    #[must_use]
+    pub fn keep_header(self, name: &HeaderName) -> Self {
+        self.set(|policy| policy.dropped_headers.retain(|dropped| dropped != name))
+    }
+
+    /// The field that tells a replay from a first answer, or none. Default: `idempotent-replayed: true`.
+    #[must_use]
+    pub fn replay_marker(self, marker: Option<(HeaderName, HeaderValue)>) -> Self {
+        self.set(|policy| policy.replay_marker = marker.clone())
+    }
+
+    /// The status of replays, in place of the first answer's: some APIs tell by a 409 that the answer is an old one.
+    /// Default: the first answer's.
+    #[must_use]
+    pub fn replay_status(self, status: StatusCode) -> Self {
+        self.set(|policy| policy.replay = Replay::WithStatus(status))
+    }
+
+    /// Makes what a duplicate gets out of the first answer and the duplicate's head. Trailers stay as they were; the
+    /// [marker](Self::replay_marker) is added afterwards. Default: the first answer.
+    #[must_use]
+    pub fn replay_as(
+        self,
+        rewrite: impl Fn(Response<Bytes>, &request::Parts) -> Response<Bytes> + Send + Sync + 'static,
+    ) -> Self {
+        let replay = Replay::Rewritten(Arc::new(rewrite));
+        self.set(|policy| policy.replay = replay.clone())
+    }
+
+    /// A field of every answer of an executed operation, the first and the replays; refusals do not have it. It is not
+    /// stored. Default: none.
+    #[must_use]
+    pub fn answer_header(self, name: HeaderName, value: HeaderValue) -> Self {
+        self.set(|policy| policy.answer_headers.push((name.clone(), value.clone())))
+    }
+
+    /// The field of those same answers that has the key. A key with characters that no header can have is left out.
+    /// Default: none.
+    #[must_use]
+    pub fn echo_key(self, name: HeaderName) -> Self {
+        self.set(|policy| policy.echo_key = Some(name.clone()))
+    }
+
+    /// Adds `Cache-Control: no-store` to replays, in place of what was stored. Default: replayed as first answered.
+    #[must_use]
+    pub fn replay_no_store(self) -> Self {
+        self.set(|policy| policy.replay_no_store = true)
+    }
+}

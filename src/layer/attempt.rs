@@ -1,0 +1,67 @@
+//! Settings: how a request runs.
+
+use std::time::Duration;
+
+use super::IdempotencyLayer;
+use crate::policy::{Concurrent, Guarantee};
+
+impl IdempotencyLayer {
+    /// What happens to an operation whose attempt was lost. Default: [`Guarantee::AtMostOnce`].
+    ///
+    /// Under [`Guarantee::AtLeastOnce`] a key is not free for another request once an attempt was lost, even if the
+    /// next attempt says that it did not execute: the lost one may have had its effect.
+    #[must_use]
+    pub fn guarantee(self, guarantee: Guarantee) -> Self {
+        self.set(|policy| policy.guarantee = guarantee)
+    }
+
+    /// What a duplicate gets while the first request runs. Default: [`Concurrent::Refuse`], a conflict (409).
+    #[must_use]
+    pub fn on_concurrent(self, concurrent: Concurrent) -> Self {
+        self.set(|policy| policy.concurrent = concurrent)
+    }
+
+    /// How many requests may wait for one key in this process; one more is refused (409). Default: 128.
+    #[must_use]
+    pub fn max_waiters(self, requests: usize) -> Self {
+        self.set(|policy| policy.max_waiters = requests)
+    }
+
+    /// How long an attempt may go without a sign of life before it counts as lost. While the handler runs it is renewed
+    /// three times as often, so this is not a limit for handlers. Default: 60 seconds.
+    ///
+    /// # Panics
+    /// If `lease` is zero.
+    #[must_use]
+    pub fn lease(self, lease: Duration) -> Self {
+        assert!(!lease.is_zero(), "a lease of no time is lost when it is granted");
+        self.set(|policy| policy.lease = lease)
+    }
+
+    /// How long one call to the store may take; a claim is tried twice. Default: 3 seconds.
+    ///
+    /// # Panics
+    /// If `limit` is zero.
+    #[must_use]
+    pub fn store_timeout(self, limit: Duration) -> Self {
+        assert!(!limit.is_zero(), "no store answers in no time");
+        self.set(|policy| policy.store_timeout = limit)
+    }
+
+    /// **Dangerous.** Runs requests without protection while the store cannot be reached: duplicates run too. They are
+    /// counted in [`Counters::unprotected`](crate::Counters::unprotected). Default: such requests are refused (503) and
+    /// do not run.
+    #[must_use]
+    pub fn dangerously_run_without_store(self) -> Self {
+        self.set(|policy| policy.run_without_store = true)
+    }
+
+    /// The most bytes of a request body; larger ones are refused (413), by their `Content-Length` before a byte is
+    /// read. Only requests with a key are buffered and limited. Default: 1 MiB.
+    ///
+    /// axum's extractors have a limit of their own, 2 MB (`DefaultBodyLimit`).
+    #[must_use]
+    pub fn max_request_body(self, bytes: usize) -> Self {
+        self.set(|policy| policy.max_request_body = bytes)
+    }
+}

@@ -1,0 +1,95 @@
+//! Settings: whom a key belongs to, and what makes two requests the same.
+
+use std::sync::Arc;
+
+use http::{HeaderName, request};
+
+use super::IdempotencyLayer;
+use crate::{
+    fingerprint::Fingerprinter,
+    json::Pointer,
+    scope::{Scope, Tenant},
+};
+
+impl IdempotencyLayer {
+    /// Whom a key belongs to; the closure gives a [`Scope`] or an `Option<Scope>`. Where it finds none the request is
+    /// refused (400): a key that belongs to nobody would belong to everybody.
+    ///
+    /// Default: the `Authorization` header and the matched route, or the path where no route was matched (a plain tower
+    /// service, tonic, the layer around a whole `Router`). The method is in the fingerprint, not in the scope. That
+    /// keeps tenants apart who authenticate by this header, but a retry under a refreshed token is a new operation
+    /// then, and callers who send none (they use cookies, or another header) share one scope. Prefer the account's id:
+    ///
+    /// ```
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, Scope};
+    /// # #[derive(Clone)] struct Account { id: String }
+    /// IdempotencyLayer::new(MemoryStore::new())
+    ///     .scope(|parts| parts.extensions.get::<Account>().map(|account| Scope::tenant(&account.id)));
+    /// ```
+    #[must_use]
+    pub fn scope<R>(self, scope: impl Fn(&request::Parts) -> R + Send + Sync + 'static) -> Self
+    where
+        R: Into<Option<Scope>>,
+    {
+        self.tenant(Tenant::Parts(Arc::new(move |parts| scope(parts).into())))
+    }
+
+    fn tenant(self, tenant: Tenant) -> Self {
+        self.set(|policy| policy.scope.tenant = tenant.clone())
+    }
+
+    /// Takes the values of these headers, all of them, for the tenant; one that is not sent counts as such. In place of
+    /// [`scope`](Self::scope). Among them has to be what the server authenticates: a header that anybody can make up
+    /// keeps nobody apart.
+    ///
+    /// # Panics
+    /// If one is not a header name.
+    #[must_use]
+    #[allow(clippy::panic, reason = "documented, and before any request")]
+    pub fn scope_headers<'a>(self, names: impl IntoIterator<Item = &'a str>) -> Self {
+        let parse = |name: &str| match HeaderName::from_bytes(name.as_bytes()) {
+            Ok(name) => name,
+            Err(_) => panic!("{name:?} is not a header name"),
+        };
+        self.tenant(Tenant::Headers(names.into_iter().map(parse).collect()))
+    }
+
+    /// Takes these parameters of an `Authorization` header for the tenant, where it is of this scheme:
+    /// `Scheme id="m1",nonce="…",signature="…"`. What else it carries counts for nothing, so that a retry may be signed
+    /// anew. In place of [`scope`](Self::scope).
+    ///
+    /// Where such a header cannot be read, or has not each of the parameters once, the request is refused (400). An
+    /// `Authorization` of another scheme counts as a whole, and its absence as such, as by default. Scheme and names
+    /// are compared without regard to case.
+    #[must_use]
+    pub fn scope_authorization<'a>(self, scheme: &str, parameters: impl IntoIterator<Item = &'a str>) -> Self {
+        let parameters = parameters.into_iter().map(Box::from).collect();
+        self.tenant(Tenant::AuthorizationParameters(scheme.into(), parameters))
+    }
+
+    /// One more part of the scope: a member of the JSON body, by its JSON pointer, such as a merchant's number. A
+    /// request that lacks it is apart from all that have it. The body has to be JSON or empty then. Default: none.
+    ///
+    /// # Panics
+    /// If `pointer` is not a JSON pointer to a single member.
+    #[must_use]
+    pub fn scope_member(self, pointer: &str) -> Self {
+        let pointer = Pointer::parse(pointer);
+        assert!(!pointer.is_to_many(), "a part of the scope is one member");
+        self.set(|policy| policy.scope.members.push(pointer.clone()))
+    }
+
+    /// What the scope calls the operation, in place of the matched route: one name for all routes that make the same
+    /// kind of thing. A [`Scope`] that names its operation itself goes first. Default: the matched route.
+    #[must_use]
+    pub fn operation(self, name: impl Into<Arc<str>>) -> Self {
+        let name = name.into();
+        self.set(|policy| policy.scope.operation = Some(Arc::clone(&name)))
+    }
+
+    /// What makes two requests with one key the same. Default: [`Fingerprinter::whole_request`].
+    #[must_use]
+    pub fn fingerprint(self, fingerprinter: Fingerprinter) -> Self {
+        self.set(|policy| policy.fingerprinter = fingerprinter.clone())
+    }
+}

@@ -1,0 +1,35 @@
+//! DOKU.
+
+use std::time::Duration;
+
+use http::{Method, StatusCode};
+
+use super::Profile;
+use crate::{key::KeySource, statuses::Statuses};
+
+impl Profile {
+    /// DOKU: every request has an `X-REQUEST-ID` or a `Request-Id`; the same one with the same body is answered with
+    /// the stored body and status 409. All answers are kept, for 24 hours.
+    ///
+    /// Source: DOKU's guide "Handling Idempotency". What it leaves open, and how it is closed here:
+    /// - *Whose request ids they are*: each client's, by the headers `Client-Id` and `Authorization` (neither of which
+    ///   may change between two attempts), for each endpoint.
+    /// - *Another body under the same id*: refused, 422, and so is told from a replay. Where only order number and
+    ///   amount make a request another one, add `.fingerprint(Fingerprinter::json_members(["/order/invoice_number",
+    ///   "/order/amount"]))`.
+    /// - *A request that is still running*: a 409 like a replay's, but with a problem document and without the
+    ///   `idempotent-replayed` field.
+    /// - *How long*: 24 hours. *Both headers*: `X-REQUEST-ID` counts. *Length*: 255 characters.
+    pub fn doku() -> Self {
+        Self::new("DOKU", |layer| {
+            layer
+                .methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
+                .key(KeySource::headers(["x-request-id", "request-id"]))
+                .require_key()
+                .scope_headers(["client-id", "authorization"])
+                .retention(Duration::from_secs(24 * 60 * 60))
+                .store_statuses(Statuses::all())
+                .replay_status(StatusCode::CONFLICT)
+        })
+    }
+}
