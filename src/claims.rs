@@ -5,7 +5,7 @@
 //! the others is kept with the name of the operation in place of a fingerprint.
 
 use crate::{
-    error::StoreError,
+    error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
     flow::{begin, unusable_store},
     guard::Guard,
@@ -19,27 +19,49 @@ pub(crate) async fn claim_others(guard: &Guard, claim: &Claim, others: &[RecordI
     let operation = guard.lease().id;
     let beside = Fingerprint::beside(&operation);
     let claim = Claim::new(beside, claim.owner, claim.lease, claim.retention);
+    let mut confirmed = true;
     for id in others {
         match claim_one(guard, id, claim.clone()).await {
-            Ok(()) if guard.is_lost() => return Err(Rejection::new(RejectionKind::InProgress)),
-            Ok(()) => {}
+            Ok(One::Claimed) => {}
+            Ok(One::Done) => confirmed = false,
             Err(rejection) => {
                 tracing::debug!(record = %operation, other = %id, "a key beside the operation's own is not to be had");
                 return Err(rejection);
             }
         }
     }
+    if !confirmed {
+        confirm(guard, &claim).await?;
+    }
     Ok(())
 }
 
-async fn claim_one(guard: &Guard, id: &RecordId, mut claim: Claim) -> Result<(), Rejection> {
+/// One of the keys was completed: by an attempt that was lost before this one, or by one that this attempt was lost to.
+/// Only in the first case does the operation's own record still belong to this attempt.
+async fn confirm(guard: &Guard, claim: &Claim) -> Result<(), Rejection> {
+    let shared = guard.shared();
+    match shared.call(shared.store.renew(&guard.lease(), claim.lease)).await {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == StoreErrorKind::Fenced => Err(Rejection::new(RejectionKind::InProgress)),
+        Err(error) => Err(unusable_store(&error)),
+    }
+}
+
+/// How a key came to be had.
+enum One {
+    Claimed,
+    /// An earlier attempt at the operation completed it.
+    Done,
+}
+
+async fn claim_one(guard: &Guard, id: &RecordId, mut claim: Claim) -> Result<One, Rejection> {
     loop {
         match found(begin(guard.shared(), id, &claim).await, &claim) {
             Found::Acquired(lease) => {
                 guard.add(lease);
-                return Ok(());
+                return Ok(One::Claimed);
             }
-            Found::Done => return Ok(()),
+            Found::Done => return Ok(One::Done),
             Found::Lost(lost) if claim.takeover != Some(lost) => claim.takeover = Some(lost),
             Found::Lost(_) => return Err(Rejection::new(RejectionKind::StoreUnavailable)),
             Found::Refused(rejection) => return Err(rejection),
@@ -49,7 +71,7 @@ async fn claim_one(guard: &Guard, id: &RecordId, mut claim: Claim) -> Result<(),
 
 enum Found {
     Acquired(Lease),
-    /// An earlier attempt at this operation completed it. What follows is only that operation's own end.
+    /// By an attempt at this operation.
     Done,
     /// By an earlier attempt at this operation.
     Lost(Lease),

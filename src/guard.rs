@@ -4,10 +4,7 @@ use std::{
     future::{Future, poll_fn},
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::{Arc, Mutex, PoisonError},
     task::Poll,
     time::Duration,
 };
@@ -44,7 +41,6 @@ pub(crate) struct Guard {
     lease: Lease,
     /// Of the keys that the operation claims beside its own.
     others: Mutex<Vec<Lease>>,
-    lost: AtomicBool,
     settled: bool,
 }
 
@@ -58,7 +54,6 @@ impl Guard {
             shared,
             lease,
             others: Mutex::default(),
-            lost: AtomicBool::new(false),
             settled: false,
         }
     }
@@ -79,11 +74,6 @@ impl Guard {
 
     fn others(&self) -> Vec<Lease> {
         self.others.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Whether a renewal found that somebody else has the operation now.
-    pub(crate) fn is_lost(&self) -> bool {
-        self.lost.load(Relaxed)
     }
 
     /// Of the operation's own record.
@@ -131,7 +121,6 @@ impl Guard {
                     Err(error) if error.kind() == StoreErrorKind::Fenced => {
                         let Lease { id, fence, .. } = lease;
                         tracing::warn!(record = %id, fence, "the lease was lost while the handler ran");
-                        self.lost.store(true, Relaxed);
                         return;
                     }
                     Err(_) => pause = (length / 12).max(Duration::from_millis(1)),
@@ -143,7 +132,7 @@ impl Guard {
     /// Tells the store how the attempt ended. Where the store does not answer, a task goes on trying.
     pub(crate) async fn settle(mut self, outcome: Outcome) {
         // The operation's own record last: whoever finds it ended finds the others ended, too.
-        for other in std::mem::take(self.others.get_mut().unwrap_or_else(PoisonError::into_inner)) {
+        for other in self.others() {
             settle_one(&self.shared, other, outcome.beside(&other)).await;
         }
         let outcome = outcome.of_attempt(&self.lease);
