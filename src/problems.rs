@@ -27,8 +27,8 @@
 //! ran.
 //!
 //! ## idempotency-key-repeated
-//! **400.** The request claims several keys and two at one place of its body are equal. Nothing ran. Give each a value of
-//! its own.
+//! **400.** The request claims several keys and two at one place of its body are equal. Nothing ran. Give each a value
+//! of its own.
 //!
 //! ## first-sent-invalid
 //! **400.** The request does not say when it was sent first, or not as an HTTP date of the past. Nothing ran.

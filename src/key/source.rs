@@ -116,8 +116,8 @@ impl KeySource {
         }
     }
 
-    /// Whatever the closure makes of the request's parts; `None` means that no key was sent. The rules for keys hold for
-    /// it, too.
+    /// Whatever the closure makes of the request's parts; `None` means that no key was sent. The rules for keys hold
+    /// for it, too.
     pub fn parts(key: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
         Self::at(Place::Parts(Arc::new(key)))
     }

@@ -82,10 +82,10 @@ impl IdempotencyLayer {
     }
 
     /// The header by which a client says when it sent this operation's first request, as an HTTP date (OASIS Repeatable
-    /// Requests: `Repeatability-First-Sent`). Every request with a key has to have it, once, and one that has it needs a
-    /// key (400 otherwise). One that was sent first longer ago than the [retention](Self::retention) is refused (412):
-    /// its record may be gone, so that it would run again. `ahead` is how far a client's clock may be ahead of the
-    /// server's; records are kept for so much longer. Default: no such header.
+    /// Requests: `Repeatability-First-Sent`). Every request with a key has to have it, once, and one that has it needs
+    /// a key (400 otherwise). One that was sent first longer ago than the [retention](Self::retention) is refused
+    /// (412): its record may be gone, so that it would run again. `ahead` is how far a client's clock may be ahead of
+    /// the server's; records are kept for so much longer. Default: no such header.
     #[must_use]
     pub fn first_sent(self, header: HeaderName, ahead: Duration) -> Self {
         self.first_sent_by(header, ahead, SystemTime::now)

@@ -88,8 +88,8 @@ impl IdempotencyLayer {
     /// ```
     ///
     /// # Panics
-    /// If the pattern is not a route, or conflicts with an earlier one: the same pattern again, or one with another name
-    /// for the same parameter.
+    /// If the pattern is not a route, or conflicts with an earlier one: the same pattern again, or one with another
+    /// name for the same parameter.
     #[must_use]
     pub fn route(mut self, pattern: &str, settings: impl FnOnce(Self) -> Self) -> Self {
         let base = Self {

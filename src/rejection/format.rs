@@ -66,8 +66,8 @@ impl RejectionFormat {
     /// Errors of type `application/json`. Placeholders stand where a value would, without quotes.
     ///
     /// # Panics
-    /// If the text with values in its placeholders is not JSON, as when it has a placeholder that does not exist or one in
-    /// quotes.
+    /// If the text with values in its placeholders is not JSON, as when it has a placeholder that does not exist or one
+    /// in quotes.
     pub fn json(template: &str) -> Self {
         let mut parts = Vec::new();
         let mut rest = template;
