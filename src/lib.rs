@@ -61,7 +61,7 @@ pub use self::{
 };
 
 /// The examples of the page on providers compile.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "axum"))]
 #[doc = include_str!("../docs/providers.md")]
 struct ProvidersPage;
 

@@ -10,7 +10,9 @@ use tower_idempotency::{
 
 const PAGE: &str = include_str!("../docs/providers.md");
 
-const PRESETS: [(&str, fn() -> Profile); 12] = [
+type Preset = fn() -> Profile;
+
+const PRESETS: [(&str, Preset); 12] = [
     ("checkbook", Profile::checkbook),
     ("pockyt", Profile::pockyt),
     ("midaspay", Profile::midaspay),
@@ -30,7 +32,7 @@ fn settings(layer: &IdempotencyLayer) -> String {
     format!("{layer:?}")
 }
 
-fn of(preset: fn() -> Profile) -> String {
+fn of(preset: Preset) -> String {
     settings(&IdempotencyLayer::new(MemoryStore::new()).profile(preset()))
 }
 
