@@ -16,7 +16,8 @@ use crate::record::Retention;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Keep {
-    /// The operation was executed: the answer is kept whatever its status, for as long as the layer says.
+    /// The operation was executed: the answer is kept whatever its status, for as long as the layer says. What is too
+    /// large, or a stream by nature, is still not kept.
     Answer,
     /// As [`Answer`](Self::Answer), for this long. A time of zero is none: the key is free at once.
     AnswerFor(Retention),
@@ -24,7 +25,8 @@ pub enum Keep {
     /// that it is done (409) and do not run.
     OnlyTheFact,
     /// **Nothing happened**: the key is free and the next request with it runs, whatever the status and the
-    /// [`Guarantee`](crate::Guarantee). After an effect this is a double charge.
+    /// [`Guarantee`](crate::Guarantee). After an effect this is a double charge. Where an earlier attempt was lost the
+    /// key is free for the same request alone: that one may have had its effect.
     Nothing,
 }
 

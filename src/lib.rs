@@ -60,6 +60,11 @@ pub use self::{
     store::{AnyStore, MemoryStore, MemoryStoreBuilder, Store},
 };
 
+/// The examples of the page on providers compile.
+#[cfg(all(doctest, feature = "axum"))]
+#[doc = include_str!("../docs/providers.md")]
+struct ProvidersPage;
+
 /// Rules for the characters of keys, to be given to [`IdempotencyLayer::key_rule`].
 pub mod key_rules {
     pub use crate::key::{any_text, uuid, visible_ascii};

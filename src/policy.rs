@@ -188,19 +188,38 @@ impl Default for Policy {
     }
 }
 
+/// Values are left out of `Debug`: nobody knows what is in them.
+fn names(fields: &[(HeaderName, HeaderValue)]) -> Vec<&HeaderName> {
+    fields.iter().map(|(name, _)| name).collect()
+}
+
 impl fmt::Debug for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Policy")
             .field("methods", &self.methods)
             .field("key", &self.key)
+            .field("key_rules", &self.key_rules)
             .field("without_key", &self.without_key)
             .field("first_sent", &self.first_sent)
+            .field("scope", &self.scope)
             .field("fingerprinter", &self.fingerprinter)
             .field("guarantee", &self.guarantee)
             .field("concurrent", &self.concurrent)
+            .field("max_waiters", &self.max_waiters)
             .field("retention", &self.retention)
             .field("lease", &self.lease)
+            .field("store_timeout", &self.store_timeout)
+            .field("run_without_store", &self.run_without_store)
+            .field("max_request_body", &self.max_request_body)
+            .field("max_response_body", &self.max_response_body)
             .field("store_when", &self.store_when)
+            .field("dropped_headers", &self.dropped_headers)
+            .field("replay", &self.replay)
+            .field("answer_headers", &names(&self.answer_headers))
+            .field("echo_key", &self.echo_key)
+            .field("replay_marker", &self.replay_marker.as_ref().map(|(name, _)| name))
+            .field("replay_no_store", &self.replay_no_store)
+            .field("problems", &self.problems)
             .finish_non_exhaustive()
     }
 }
@@ -215,6 +234,16 @@ fn is_stream(response: &response::Parts) -> bool {
         })
     };
     response.status == StatusCode::SWITCHING_PROTOCOLS || is("text/event-stream") || is("multipart/x-mixed-replace")
+}
+
+impl fmt::Debug for Replay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AsFirst => f.write_str("AsFirst"),
+            Self::WithStatus(status) => write!(f, "WithStatus({})", status.as_u16()),
+            Self::Rewritten(_) => f.write_str("Rewritten(..)"),
+        }
+    }
 }
 
 impl fmt::Debug for StoreWhen {

@@ -1,7 +1,8 @@
 //! # The problem types
 //!
 //! A request that is refused is answered with a problem document (RFC 9457) whose `type` leads here. What each means
-//! to the client, and whether to send the request again:
+//! to the client, and whether to send the request again. The statuses are those that a layer has by default; an API may
+//! have others, and a form of its own, in which these names stand for its codes.
 //!
 //! ## idempotency-key-missing
 //! **400.** The operation requires an idempotency key and none was sent. Nothing ran. Send the request with a key.
@@ -11,7 +12,8 @@
 //! string, or was sent more than once; `detail` says which. Nothing ran. Correct the key.
 //!
 //! ## idempotency-scope-missing
-//! **400.** The server could not tell whom the key belongs to. Nothing ran.
+//! **400.** The server could not tell whom the key belongs to: nobody is named, or the credentials do not clearly name
+//! one. Nothing ran. Correct the credentials.
 //!
 //! ## request-body-too-large
 //! **413.** The body is over the limit for requests with a key. Nothing ran.
@@ -25,7 +27,8 @@
 //! ran.
 //!
 //! ## idempotency-key-repeated
-//! **400.** The request claims several keys and two of them are equal. Nothing ran. Give each a value of its own.
+//! **400.** The request claims several keys and two at one place of its body are equal. Nothing ran. Give each a value
+//! of its own.
 //!
 //! ## first-sent-invalid
 //! **400.** The request does not say when it was sent first, or not as an HTTP date of the past. Nothing ran.

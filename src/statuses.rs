@@ -4,7 +4,7 @@ use std::fmt;
 
 use http::StatusCode;
 
-/// A set of statuses, such as those whose answers are kept.
+/// A set of statuses, such as those whose answers are [kept](crate::IdempotencyLayer::store_statuses).
 ///
 /// ```
 /// # use http::StatusCode;

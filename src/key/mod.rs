@@ -72,6 +72,16 @@ pub(crate) struct KeyRules {
     pub(crate) max_keys: usize,
 }
 
+impl fmt::Debug for KeyRules {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeyRules")
+            .field("format", &self.format)
+            .field("max_length", &self.max_length)
+            .field("max_keys", &self.max_keys)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Default for KeyRules {
     fn default() -> Self {
         Self {

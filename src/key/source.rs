@@ -73,7 +73,7 @@ impl KeySource {
         Self::at(Place::Headers(names))
     }
 
-    /// A member of a JSON body, by its JSON pointer (RFC 6901). Its value has to be a string.
+    /// A member of a JSON body, by its JSON pointer (RFC 6901). Its value has to be a string; `null` is no key.
     ///
     /// The body of every covered request is read then, keyed or not, and has to be JSON or empty.
     ///
@@ -92,9 +92,14 @@ impl KeySource {
     /// for every element of an array.
     ///
     /// All of them are claimed or none. A request with one that another operation of its scope holds is refused as
-    /// [`KeyReused`](RejectionKind::KeyReused), one with two equal ones as [`KeyRepeated`](RejectionKind::KeyRepeated),
-    /// one where an element lacks its key as [`KeyMissing`](RejectionKind::KeyMissing). They are free again, or taken
-    /// for good, together with the operation's own. An array that is not there has no elements.
+    /// [`KeyReused`](RejectionKind::KeyReused), one with two equal ones at one pointer as
+    /// [`KeyRepeated`](RejectionKind::KeyRepeated), one where an element lacks its key as
+    /// [`KeyMissing`](RejectionKind::KeyMissing). They are free again, or taken for good, together with the operation's
+    /// own. An array that is not there has no elements.
+    ///
+    /// The rules for keys hold for each of them; [`max_keys`](crate::IdempotencyLayer::max_keys) limits how many. The
+    /// same characters at two pointers, or in the operation's own key, are different keys. A request without a key of
+    /// its own that [passes](crate::WithoutKey::Pass) claims none.
     ///
     /// # Panics
     /// If `pointer` is not a JSON pointer.
@@ -111,7 +116,8 @@ impl KeySource {
         }
     }
 
-    /// Whatever the closure makes of the request's parts; `None` means that no key was sent.
+    /// Whatever the closure makes of the request's parts; `None` means that no key was sent. The rules for keys hold
+    /// for it, too.
     pub fn parts(key: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
         Self::at(Place::Parts(Arc::new(key)))
     }

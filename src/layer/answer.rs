@@ -15,7 +15,8 @@ use crate::{
 impl IdempotencyLayer {
     /// How long a completed operation is remembered, from its completion. After that its key is free, and **a retry
     /// runs again**: keep it longer than the slowest client retries. Default: 24 hours.
-    /// New records only: those that exist keep theirs.
+    /// New records only: those that exist keep theirs. Under [`Retention::Forever`] nothing is ever forgotten, an
+    /// operation whose outcome is unknown included, and the store grows for good.
     ///
     /// # Panics
     /// If `retention` is zero.
@@ -49,7 +50,8 @@ impl IdempotencyLayer {
         self.set(|policy| policy.store_when = executed.clone())
     }
 
-    /// As [`store_when`](Self::store_when), by a set of statuses, with the same danger.
+    /// As [`store_when`](Self::store_when), and in its place, by a set of statuses, with the same danger. Default:
+    /// [`Statuses::default`].
     #[must_use]
     pub fn store_statuses(self, executed: Statuses) -> Self {
         self.set(|policy| policy.store_when = StoreWhen::In(executed.clone()))
@@ -93,14 +95,15 @@ impl IdempotencyLayer {
     }
 
     /// The status of replays, in place of the first answer's: some APIs tell by a 409 that the answer is an old one.
-    /// Default: the first answer's.
+    /// In place of [`replay_as`](Self::replay_as). Default: the first answer's.
     #[must_use]
     pub fn replay_status(self, status: StatusCode) -> Self {
         self.set(|policy| policy.replay = Replay::WithStatus(status))
     }
 
     /// Makes what a duplicate gets out of the first answer and the duplicate's head. Trailers stay as they were; the
-    /// [marker](Self::replay_marker) is added afterwards. Default: the first answer.
+    /// [marker](Self::replay_marker) is added afterwards. In place of [`replay_status`](Self::replay_status). The
+    /// closure runs for every replay, and what it makes is not stored. Default: the first answer.
     #[must_use]
     pub fn replay_as(
         self,
@@ -110,8 +113,8 @@ impl IdempotencyLayer {
         self.set(|policy| policy.replay = replay.clone())
     }
 
-    /// A field of every answer of an executed operation, the first and the replays; refusals do not have it. It is not
-    /// stored. Default: none.
+    /// One more field of every answer of an executed operation, the first and the replays, in place of one that the
+    /// handler set; refusals, and answers that free the key, do not have it. It is not stored. Default: none.
     #[must_use]
     pub fn answer_header(self, name: HeaderName, value: HeaderValue) -> Self {
         self.set(|policy| policy.answer_headers.push((name.clone(), value.clone())))

@@ -9,7 +9,7 @@ impl IdempotencyLayer {
     /// What happens to an operation whose attempt was lost. Default: [`Guarantee::AtMostOnce`].
     ///
     /// Under [`Guarantee::AtLeastOnce`] a key is not free for another request once an attempt was lost, even if the
-    /// next attempt says that it did not execute: the lost one may have had its effect.
+    /// next attempt says that it did not execute: the lost one may have had its effect. The same request runs again.
     #[must_use]
     pub fn guarantee(self, guarantee: Guarantee) -> Self {
         self.set(|policy| policy.guarantee = guarantee)

@@ -39,11 +39,11 @@ impl IdempotencyLayer {
     }
 
     /// Takes the values of these headers, all of them, for the tenant; one that is not sent counts as such. In place of
-    /// [`scope`](Self::scope). Among them has to be what the server authenticates: a header that anybody can make up
-    /// keeps nobody apart.
+    /// [`scope`](Self::scope), and of its default. Among them has to be what the server authenticates: a header that
+    /// anybody can make up keeps nobody apart.
     ///
     /// # Panics
-    /// If one is not a header name.
+    /// If there is no name, or one is not a header name.
     #[must_use]
     #[allow(clippy::panic, reason = "documented, and before any request")]
     pub fn scope_headers<'a>(self, names: impl IntoIterator<Item = &'a str>) -> Self {
@@ -51,24 +51,37 @@ impl IdempotencyLayer {
             Ok(name) => name,
             Err(_) => panic!("{name:?} is not a header name"),
         };
-        self.tenant(Tenant::Headers(names.into_iter().map(parse).collect()))
+        let names: Arc<[_]> = names.into_iter().map(parse).collect();
+        assert!(!names.is_empty(), "without headers all callers would share one scope");
+        self.tenant(Tenant::Headers(names))
     }
 
     /// Takes these parameters of an `Authorization` header for the tenant, where it is of this scheme:
     /// `Scheme id="m1",nonce="…",signature="…"`. What else it carries counts for nothing, so that a retry may be signed
-    /// anew. In place of [`scope`](Self::scope).
+    /// anew. In place of [`scope`](Self::scope), and of its default.
     ///
-    /// Where such a header cannot be read, or has not each of the parameters once, the request is refused (400). An
-    /// `Authorization` of another scheme counts as a whole, and its absence as such, as by default. Scheme and names
-    /// are compared without regard to case.
+    /// Where such a header cannot be read, or has not each of the parameters once, the request is refused as
+    /// [`ScopeMissing`](crate::RejectionKind::ScopeMissing). An `Authorization` of another scheme counts as a whole,
+    /// and its absence as such, as by default. Scheme and names are compared without regard to case.
+    ///
+    /// Nothing here checks a signature: the layer that does stands above this one.
+    ///
+    /// # Panics
+    /// If there is no parameter.
     #[must_use]
     pub fn scope_authorization<'a>(self, scheme: &str, parameters: impl IntoIterator<Item = &'a str>) -> Self {
-        let parameters = parameters.into_iter().map(Box::from).collect();
+        let parameters: Arc<[_]> = parameters.into_iter().map(Box::from).collect();
+        assert!(
+            !parameters.is_empty(),
+            "without parameters all callers would share one scope"
+        );
         self.tenant(Tenant::AuthorizationParameters(scheme.into(), parameters))
     }
 
-    /// One more part of the scope: a member of the JSON body, by its JSON pointer, such as a merchant's number. A
-    /// request that lacks it is apart from all that have it. The body has to be JSON or empty then. Default: none.
+    /// One more part of the scope: a member of the JSON body, by its JSON pointer (RFC 6901), such as a merchant's
+    /// number. Its value counts, of whatever type; a request that lacks it, or has `null` there, is apart from all that
+    /// have it. The body of a request with a key has to be JSON or empty then, and is refused as
+    /// [`BodyUnreadable`](crate::RejectionKind::BodyUnreadable) otherwise. Default: none.
     ///
     /// # Panics
     /// If `pointer` is not a JSON pointer to a single member.
@@ -87,7 +100,8 @@ impl IdempotencyLayer {
         self.set(|policy| policy.scope.operation = Some(Arc::clone(&name)))
     }
 
-    /// What makes two requests with one key the same. Default: [`Fingerprinter::whole_request`].
+    /// What makes two requests with one key the same; a request that is not is refused as
+    /// [`KeyReused`](crate::RejectionKind::KeyReused). Default: [`Fingerprinter::whole_request`].
     #[must_use]
     pub fn fingerprint(self, fingerprinter: Fingerprinter) -> Self {
         self.set(|policy| policy.fingerprinter = fingerprinter.clone())

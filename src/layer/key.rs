@@ -15,14 +15,15 @@ use crate::{
 };
 
 impl IdempotencyLayer {
-    /// The methods that are protected; requests with any other pass. Default: `POST` and `PATCH`.
+    /// The methods that are protected, in place of those that were; requests with any other pass. Default: `POST` and
+    /// `PATCH`.
     #[must_use]
     pub fn methods(self, methods: impl IntoIterator<Item = Method>) -> Self {
         let methods: Arc<[_]> = methods.into_iter().collect();
         self.set(|policy| policy.methods = Arc::clone(&methods))
     }
 
-    /// Where the key is found. Default: the header `Idempotency-Key`.
+    /// Where the key is found; nowhere else does it count. Default: the header `Idempotency-Key`.
     #[must_use]
     pub fn key(self, source: KeySource) -> Self {
         self.set(|policy| policy.key = source.clone())
@@ -34,7 +35,7 @@ impl IdempotencyLayer {
         self.without_key(WithoutKey::Refuse)
     }
 
-    /// Lets a request without a key pass, unprotected. This is the default.
+    /// Lets a request without a key pass, unprotected. Default: this.
     #[must_use]
     pub fn optional_key(self) -> Self {
         self.without_key(WithoutKey::Pass)
@@ -52,7 +53,8 @@ impl IdempotencyLayer {
         self.set(|policy| policy.key_rules.format = format)
     }
 
-    /// The most characters of a key. Default: 255.
+    /// The most characters of a key, not bytes; a longer one is refused as
+    /// [`KeyInvalid`](crate::RejectionKind::KeyInvalid). Default: 255.
     ///
     /// # Panics
     /// If `characters` is 0.
@@ -71,23 +73,26 @@ impl IdempotencyLayer {
         self.set(|policy| policy.key_rules.rule = Arc::clone(&rule))
     }
 
-    /// How many keys one request may claim [beside its own](KeySource::and_each). Default: 256.
+    /// How many keys one request may claim [beside its own](KeySource::and_each); one more is refused as
+    /// [`KeyInvalid`](crate::RejectionKind::KeyInvalid). Each costs a call to the store before the handler runs and one
+    /// after it. Default: 256.
     #[must_use]
     pub fn max_keys(self, keys: usize) -> Self {
         self.set(|policy| policy.key_rules.max_keys = keys)
     }
 
     /// The header by which a client says when it sent this operation's first request, as an HTTP date (OASIS Repeatable
-    /// Requests: `Repeatability-First-Sent`). Every request with a key has to have it, and one that was sent first
-    /// longer ago than the [retention](Self::retention) is refused (412): its record may be gone, so that it would run
-    /// again. `ahead` is how far a client's clock may be ahead of the server's; records are kept for so much longer.
-    /// Default: no such header.
+    /// Requests: `Repeatability-First-Sent`). Every request with a key has to have it, once, and one that has it needs
+    /// a key (400 otherwise). One that was sent first longer ago than the [retention](Self::retention) is refused
+    /// (412): its record may be gone, so that it would run again. `ahead` is how far a client's clock may be ahead of
+    /// the server's; records are kept for so much longer. Default: no such header.
     #[must_use]
     pub fn first_sent(self, header: HeaderName, ahead: Duration) -> Self {
         self.first_sent_by(header, ahead, SystemTime::now)
     }
 
-    /// As [`first_sent`](Self::first_sent), with a clock of the caller's.
+    /// As [`first_sent`](Self::first_sent), with a clock of the caller's, for tests. The time of a record is still the
+    /// store's.
     #[must_use]
     pub fn first_sent_by(
         self,

@@ -52,7 +52,9 @@ impl IdempotencyLayer {
         }
     }
 
-    /// The settings of a provider's API, in place of those that it names. What is set afterwards goes first.
+    /// Takes the settings of an API; what its profile does not name stays as it is. Whatever is set afterwards goes
+    /// first, on the routes of the profile, too. Default: none. See [`Profile`] for those that are here, and for how to
+    /// write another.
     ///
     /// ```
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, Profile, Scope};
@@ -60,6 +62,10 @@ impl IdempotencyLayer {
     ///     .profile(Profile::pockyt())
     ///     .max_request_body(64 * 1024);
     /// ```
+    ///
+    /// # Panics
+    /// If it names a [route](Self::route) that the layer has settings of already: two profiles for the same paths
+    /// belong on two layers.
     #[must_use]
     pub fn profile(self, profile: Profile) -> Self {
         profile.apply(self)
@@ -67,10 +73,11 @@ impl IdempotencyLayer {
 
     /// Settings of the requests whose path this is, over those of all others. `pattern` is a route as axum writes it:
     /// `/refunds`, `/orders/{id}`, `/card/{*rest}`; where several match, the more exact one counts. Without
-    /// a match the layer's own settings do. The path is the one that the client sent, before any router stripped a
-    /// prefix from it.
+    /// a match the layer's own settings do. The path is the one that the client sent, before axum's nested routers
+    /// stripped a prefix from it; it is compared character by character, so that `/refunds/` is not `/refunds`.
     ///
-    /// What is set on the layer afterwards is set for all of its routes, too.
+    /// The closure starts from the layer's settings as they are at this point. What is set on the layer afterwards is
+    /// set for all of its routes, too; routes that the closure adds to its layer are left out. Default: no routes.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -81,7 +88,8 @@ impl IdempotencyLayer {
     /// ```
     ///
     /// # Panics
-    /// If the pattern is not a route, or matches the same paths as an earlier one.
+    /// If the pattern is not a route, or conflicts with an earlier one: the same pattern again, or one with another
+    /// name for the same parameter.
     #[must_use]
     pub fn route(mut self, pattern: &str, settings: impl FnOnce(Self) -> Self) -> Self {
         let base = Self {

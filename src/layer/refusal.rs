@@ -35,14 +35,15 @@ impl IdempotencyLayer {
         })
     }
 
-    /// A field of the answers to one kind of refusal. Default: none but what belongs to the form.
+    /// One more field of the answers to one kind of refusal, whatever their form. Default: none but what belongs to the
+    /// form.
     #[must_use]
     pub fn rejection_header(self, kind: RejectionKind, name: HeaderName, value: HeaderValue) -> Self {
         self.set(|policy| policy.problems.headers.push((kind, name.clone(), value.clone())))
     }
 
-    /// The form of every refusal, in place of a problem document. A gRPC client still gets a status. Default: problem
-    /// documents.
+    /// The form of every refusal, in place of a problem document. A gRPC client still gets a status, and
+    /// [`rejections`](Self::rejections) goes first. Default: problem documents.
     #[must_use]
     pub fn rejection_format(self, format: RejectionFormat) -> Self {
         self.set(|policy| {
@@ -50,7 +51,7 @@ impl IdempotencyLayer {
         })
     }
 
-    /// The form of one kind of refusal, over that of all.
+    /// The form of one kind of refusal, over that of all. Default: that of all.
     #[must_use]
     pub fn rejection_format_of(self, kind: RejectionKind, format: RejectionFormat) -> Self {
         self.set(|policy| {

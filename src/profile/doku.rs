@@ -8,8 +8,8 @@ use super::Profile;
 use crate::{key::KeySource, statuses::Statuses};
 
 impl Profile {
-    /// DOKU: every request has an `X-REQUEST-ID` or a `Request-Id`; the same one with the same body is answered with
-    /// the stored body and status 409. All answers are kept, for 24 hours.
+    /// DOKU: every GET, POST, PUT, PATCH and DELETE has an `X-REQUEST-ID` or a `Request-Id`; the same one with the same
+    /// body is answered with the stored body and status 409. All answers are kept, for 24 hours.
     ///
     /// Source: DOKU's guide "Handling Idempotency". What it leaves open, and how it is closed here:
     /// - *Whose request ids they are*: each client's, by the headers `Client-Id` and `Authorization` (neither of which
@@ -20,6 +20,9 @@ impl Profile {
     /// - *A request that is still running*: a 409 like a replay's, but with a problem document and without the
     ///   `idempotent-replayed` field.
     /// - *How long*: 24 hours. *Both headers*: `X-REQUEST-ID` counts. *Length*: 255 characters.
+    /// - *HEAD and OPTIONS*, which browsers and monitors send without an id: they pass, unprotected.
+    ///
+    /// Proxies and tracing layers above this one must not set an `X-Request-ID`: it would be new for every attempt.
     pub fn doku() -> Self {
         Self::new("DOKU", |layer| {
             layer

@@ -40,6 +40,9 @@ impl Profile {
     /// - *The length of a reference*: at most 64 characters are advised, and none are refused for it.
     /// - *`DUPLICATE_ORDER_ID`* is the handler's to return:
     ///   [`midaspay_errors`](Self::midaspay_errors) makes it.
+    /// - *A create whose outcome is unknown* (a panic, a lost process): 409 `OUTCOME_UNKNOWN` for ever, and its
+    ///   units' references stay taken, since nothing is forgotten. Where handlers are safe to repeat, set the
+    ///   [`guarantee`](crate::IdempotencyLayer::guarantee) to [`AtLeastOnce`](crate::Guarantee::AtLeastOnce).
     /// - *Other routes*: protected likewise, each as a resource type of its own.
     pub fn midaspay() -> Self {
         Self::new("MidasPay", |layer| {

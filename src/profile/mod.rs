@@ -20,7 +20,8 @@ use crate::{layer::IdempotencyLayer, rejection::RejectionKind};
 type Settings = dyn Fn(IdempotencyLayer) -> IdempotencyLayer + Send + Sync;
 
 /// The idempotency of an API, as settings of a layer. The presets are made of the same setters that a user has, and of
-/// nothing else, so a further one is written in the same way:
+/// nothing else, so a further one is written in the same way. Each says where its facts come from, what that source
+/// leaves open, and how it is closed here; `docs/providers.md` in the repository has all of them side by side.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -41,7 +42,8 @@ pub struct Profile {
 }
 
 impl Profile {
-    /// A profile with a name and its settings.
+    /// A profile with a name and its settings. The closure gets the layer as it is and gives it back; it may start from
+    /// another profile. It runs each time that the profile is [taken](IdempotencyLayer::profile).
     pub fn new(
         name: impl Into<Cow<'static, str>>,
         settings: impl Fn(IdempotencyLayer) -> IdempotencyLayer + Send + Sync + 'static,

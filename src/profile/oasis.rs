@@ -33,6 +33,7 @@ impl Profile {
                 .methods([Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
                 .key(KeySource::header("repeatability-request-id"))
                 .key_rule(uuid)
+                .max_key_length(36)
                 .optional_key()
                 .first_sent(
                     HeaderName::from_static("repeatability-first-sent"),

@@ -27,6 +27,11 @@ impl Profile {
     /// - *Other routes*: as refunds, since keeping a record for longer charges nobody twice.
     /// - *A key that a client sends for the first time with a request that it sent before without one*: a new
     ///   operation.
+    /// - *The other way round*, a request without a key that equals one sent with a key: a new operation, too.
+    /// - *An identical request without a key while the first one runs*: 409, in progress; it may yet turn out that
+    ///   nothing was executed.
+    /// - *Methods*: POST and PATCH. A query that is sent by POST twice would be a duplicate: put the layer on the
+    ///   operations that move money alone.
     pub fn pockyt() -> Self {
         Self::new("Pockyt", |layer| {
             layer

@@ -57,6 +57,7 @@ impl Profile {
                 RejectionKind::ScopeMissing,
                 RejectionKind::BodyTooLarge,
                 RejectionKind::BodyIncomplete,
+                RejectionKind::BodyUnreadable,
             ];
             of_the_request.into_iter().fold(layer, |layer, kind| {
                 layer.rejection_format_of(kind, RejectionFormat::json(REQUEST))

@@ -66,7 +66,8 @@ impl RejectionFormat {
     /// Errors of type `application/json`. Placeholders stand where a value would, without quotes.
     ///
     /// # Panics
-    /// If the text with values in its placeholders is not JSON; a placeholder that does not exist is not.
+    /// If the text with values in its placeholders is not JSON, as when it has a placeholder that does not exist or one
+    /// in quotes.
     pub fn json(template: &str) -> Self {
         let mut parts = Vec::new();
         let mut rest = template;
@@ -88,7 +89,8 @@ impl RejectionFormat {
     }
 
     /// An error in this form that the API's own handlers return: with the `status`, the API's `code` and a `message`,
-    /// which stand in the places of status, code, and title or detail. It has a `debug_id` of its own, which is logged.
+    /// which stand in the places of status, code, and title or detail; `{type}` is empty and the rest `null`. It has a
+    /// `debug_id` of its own, which is logged beside the code.
     pub fn error(&self, status: StatusCode, code: impl Into<String>, message: impl Into<String>) -> Response<Bytes> {
         // The kind shows nowhere: a format without `{type}` takes nothing from it.
         let mut error = Rejection::new(RejectionKind::BodyUnreadable);

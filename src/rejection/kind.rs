@@ -10,7 +10,8 @@ pub enum RejectionKind {
     KeyMissing,
     /// The key that was sent is unusable.
     KeyInvalid,
-    /// The scope closure did not find the tenant that the key belongs to.
+    /// Nobody can say whom the key belongs to: the scope closure found no tenant, or the credentials do not clearly
+    /// name one.
     ScopeMissing,
     /// The request body is over the limit.
     BodyTooLarge,
@@ -18,15 +19,15 @@ pub enum RejectionKind {
     BodyIncomplete,
     /// The request body cannot be read as JSON, and the key, the scope or the fingerprint is in it.
     BodyUnreadable,
-    /// Two of the keys that one request claims are equal.
+    /// Two of the keys that one request claims at one place of its body are equal.
     KeyRepeated,
     /// The time at which the client says that it sent the request first is missing or unusable.
     FirstSentInvalid,
     /// The request was sent first too long ago: its record may be gone.
     FirstSentTooOld,
-    /// The key was used for a different request.
+    /// The key was used for a different request, or a key beside it belongs to another operation.
     KeyReused,
-    /// A request without a key is the same as an earlier one.
+    /// A request without a key is the same as an earlier one that was executed.
     DuplicateRequest,
     /// The first request with this key is still running.
     InProgress,

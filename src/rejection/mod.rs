@@ -203,8 +203,14 @@ impl Problems {
 
 impl fmt::Debug for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let statuses: Vec<_> = RejectionKind::ALL
+            .iter()
+            .filter_map(|kind| Some((kind, self.statuses.get(kind)?.as_u16())))
+            .collect();
         f.debug_struct("Problems")
             .field("base", &self.base)
+            .field("statuses", &statuses)
+            .field("retry_after", &self.retry_after)
             .finish_non_exhaustive()
     }
 }

@@ -100,13 +100,29 @@ pub(crate) enum Tenant {
 }
 
 /// What the scope of a key is made of.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct ScopeRules {
     pub(crate) tenant: Tenant,
     /// Members of a JSON body that are part of the scope.
     pub(crate) members: Vec<Pointer>,
     /// In place of the matched route.
     pub(crate) operation: Option<Arc<str>>,
+}
+
+/// What the settings name, and nothing that a request carries.
+impl fmt::Debug for Tenant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Authorization => f.write_str("Authorization"),
+            Self::AuthorizationParameters(scheme, names) => f
+                .debug_tuple("AuthorizationParameters")
+                .field(scheme)
+                .field(names)
+                .finish(),
+            Self::Headers(names) => f.debug_tuple("Headers").field(names).finish(),
+            Self::Parts(_) => f.write_str("Parts(..)"),
+        }
+    }
 }
 
 // Each field of the hash starts with what it is, so that "no tenant" and "a tenant of no characters" differ.
