@@ -228,14 +228,10 @@ async fn a_retention_overrides_every_routes_own() {
         ("/v3/payouts/refund", "pockyt-request-id"),
     ] {
         let first = demo.post(route, &[(header, "k")], "{}").await;
-        loop {
-            let next = demo.post(route, &[(header, "k")], "{}").await;
-            if !next.is_replay() {
-                assert_eq!(next.status, StatusCode::CREATED);
-                assert_ne!(next.body, first.body, "it expired: this is a new operation");
-                break;
-            }
-        }
+        let expired = |next: &Answer| !next.is_replay();
+        let next = demo.until(route, &[(header, "k")], "{}", expired).await;
+        assert_eq!(next.status, StatusCode::CREATED);
+        assert_ne!(next.body, first.body, "it expired: this is a new operation");
     }
 }
 

@@ -138,13 +138,8 @@ async fn a_request_without_a_key_whose_client_left_is_a_duplicate_once_it_is_don
 async fn after_its_expiration_an_identical_request_without_a_key_has_a_new_effect() {
     let demo = Demo::start(&["--retention", "1ms"]);
     let first = pay_keyless(&demo, PAYOUT).await;
-    let next = loop {
-        let next = pay_keyless(&demo, PAYOUT).await;
-        if next.status.is_success() {
-            break next;
-        }
-        assert_duplicate(&next);
-    };
+    let expired = |next: &Answer| next.status.is_success();
+    let next = demo.until(PAY, &KEYLESS, PAYOUT, expired).await;
     assert_created(&next);
     assert_ne!(next.json()["id"], first.json()["id"]);
     assert_eq!(demo.effects().await.len(), 2);

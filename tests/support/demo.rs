@@ -17,6 +17,9 @@ use super::{
     serve::assert_replay,
 };
 
+/// After so many questions what was waited for does not come; no more fit into the ports of one machine.
+const MANY: usize = 20_000;
+
 /// A running demo server, killed when it is dropped.
 pub struct Demo {
     child: Child,
@@ -131,15 +134,29 @@ impl Demo {
         first.into_iter().next().expect("there is one")
     }
 
-    /// Asks again until no request with this key is running any more.
-    pub async fn settled(&self, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
-        loop {
+    /// Asks again until the answer is such a one.
+    pub async fn until(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+        is_such: impl Fn(&Answer) -> bool,
+    ) -> Answer {
+        for _ in 0..MANY {
             let answer = self.post(path, headers, body).await;
-            if answer.status != StatusCode::CONFLICT || answer.problem() != "request-in-progress" {
+            if is_such(&answer) {
                 return answer;
             }
             tokio::task::yield_now().await;
         }
+        panic!("there is no such answer");
+    }
+
+    /// Asks again until no request with this key is running any more.
+    pub async fn settled(&self, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+        let is_settled =
+            |answer: &Answer| answer.status != StatusCode::CONFLICT || answer.problem() != "request-in-progress";
+        self.until(path, headers, body, is_settled).await
     }
 
     /// What the ledger shows, newest first.
@@ -149,12 +166,17 @@ impl Demo {
         ledger.json()["effects"].as_array().expect("a list").clone()
     }
 
-    /// Until this many handlers have been started.
+    /// Until this many handlers of requests with a key have been started.
     pub async fn until_executed(&self, handlers: u64) {
         let line = format!("\nidempotency_executed_total {handlers}\n");
-        while !String::from_utf8_lossy(&get(self.address, "/metrics").await.body).contains(&line) {
+        for _ in 0..MANY {
+            let metrics = get(self.address, "/metrics").await;
+            if String::from_utf8_lossy(&metrics.body).contains(&line) {
+                return;
+            }
             tokio::task::yield_now().await;
         }
+        panic!("{handlers} handlers were never started");
     }
 
     /// As a power switch would: nothing is finished.
