@@ -17,38 +17,7 @@ use support::{
 };
 
 async fn pay(demo: &Demo, headers: &[(&str, &str)], body: &str) -> Answer {
-    to(demo, "/payments", headers, body).await
-}
-
-async fn to(demo: &Demo, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
-    send(demo.address(), post(path, headers, body.to_owned()))
-        .await
-        .expect("an answer")
-}
-
-async fn effects(demo: &Demo) -> Vec<Value> {
-    let ledger = get(demo.address(), "/ledger").await;
-    assert_eq!(ledger.header("content-type"), Some("application/json"));
-    ledger.json()["effects"].as_array().expect("a list").clone()
-}
-
-/// Asks again until the first request with this key has ended.
-async fn settled(demo: &Demo, headers: &[(&str, &str)], body: &str) -> Answer {
-    loop {
-        let answer = pay(demo, headers, body).await;
-        if answer.status != StatusCode::CONFLICT || answer.problem() != "request-in-progress" {
-            return answer;
-        }
-        tokio::task::yield_now().await;
-    }
-}
-
-/// Until this many handlers have been started.
-async fn executed(demo: &Demo, handlers: u64) {
-    let line = format!("\nidempotency_executed_total {handlers}\n");
-    while !String::from_utf8_lossy(&get(demo.address(), "/metrics").await.body).contains(&line) {
-        tokio::task::yield_now().await;
-    }
+    demo.post("/payments", headers, body).await
 }
 
 /// Each operation, where its key is sent, and the status of its replays.
@@ -72,18 +41,18 @@ async fn every_route_creates_once_and_replays_what_it_answered() {
     let demo = Demo::start(&[]);
     for (route, header, replayed_as) in ROUTES {
         let body = format!(r#"{{"reference_id":"{route}","amount":"5.00"}}"#);
-        let first = to(&demo, route, &[(header, "k")], &body).await;
+        let first = demo.post(route, &[(header, "k")], &body).await;
         assert_eq!(
             (first.status, first.is_replay()),
             (StatusCode::CREATED, false),
             "{route}"
         );
-        let replay = to(&demo, route, &[(header, "k")], &body).await;
+        let replay = demo.post(route, &[(header, "k")], &body).await;
         assert_eq!(
             (replay.status.as_u16(), replay.is_replay(), &replay.body),
             (replayed_as, true, &first.body)
         );
-        let effects = effects(&demo).await;
+        let effects = demo.effects().await;
         assert_eq!(
             (&effects[0]["route"], &effects[0]["id"]),
             (&json!(route), &first.json()["id"])
@@ -91,7 +60,7 @@ async fn every_route_creates_once_and_replays_what_it_answered() {
         assert_eq!(effects[0]["request"]["reference_id"], route);
         assert!(effects[0]["at"].is_string());
     }
-    assert_eq!(effects(&demo).await.len(), ROUTES.len());
+    assert_eq!(demo.effects().await.len(), ROUTES.len());
 }
 
 #[tokio::test]
@@ -115,7 +84,7 @@ async fn payments_require_a_key_and_belong_to_the_authorization() {
         (other.status.as_u16(), &*other.problem()),
         (422, "idempotency-key-reused")
     );
-    assert_eq!(effects(&demo).await.len(), 2);
+    assert_eq!(demo.effects().await.len(), 2);
 }
 
 #[tokio::test]
@@ -152,7 +121,7 @@ async fn each_effect_is_in_the_ledger_file_before_it_is_answered_and_survives_a_
             let answer = pay(&demo, &[("idempotency-key", &key)], "{\"a\":1,\n\"b\":2}").await;
             assert_eq!(answer.status, StatusCode::CREATED);
         }
-        let mut effects = effects(&demo).await;
+        let mut effects = demo.effects().await;
         effects.reverse();
         shown.extend(effects);
         demo.kill();
@@ -174,7 +143,7 @@ async fn faults_come_on_demand_and_before_the_effect() {
     );
     let freed = pay(&demo, &with("freed", ("x-demo-status", "503")), "{}").await;
     assert_eq!(freed.status, StatusCode::SERVICE_UNAVAILABLE);
-    assert_eq!(effects(&demo).await.len(), 0);
+    assert_eq!(demo.effects().await.len(), 0);
     assert_eq!(
         pay(&demo, &[("idempotency-key", "freed")], "{}").await.status,
         StatusCode::CREATED
@@ -200,7 +169,7 @@ async fn faults_come_on_demand_and_before_the_effect() {
     );
     let nonsense = pay(&demo, &with("nonsense", ("x-demo-delay-ms", "soon")), "{}").await;
     assert_eq!(nonsense.status, StatusCode::BAD_REQUEST);
-    assert_eq!(effects(&demo).await.len(), 3);
+    assert_eq!(demo.effects().await.len(), 3);
 }
 
 #[tokio::test]
@@ -212,7 +181,7 @@ async fn a_pockyt_payout_that_was_lost_runs_again() {
             .await
             .is_err()
     );
-    let second = to(&demo, "/v3/payouts/pay", &[("pockyt-request-id", "k")], "{}").await;
+    let second = demo.post("/v3/payouts/pay", &[("pockyt-request-id", "k")], "{}").await;
     assert_eq!(
         (second.status, &second.json()["attempt"]),
         (StatusCode::CREATED, &json!(2))
@@ -234,7 +203,7 @@ async fn bodies_that_cannot_be_paid_have_no_effect() {
         pay(&demo, &[("idempotency-key", "k")], &too_large).await.problem(),
         "request-body-too-large"
     );
-    assert_eq!(effects(&demo).await.len(), 0);
+    assert_eq!(demo.effects().await.len(), 0);
 }
 
 #[tokio::test]
@@ -244,11 +213,11 @@ async fn a_client_that_is_killed_in_mid_request_gets_the_answer_on_its_retry() {
     let request = "POST /payments HTTP/1.1\r\nhost: localhost\r\nidempotency-key: k\r\nx-demo-delay-ms: 200\r\n\
                    content-length: 2\r\n\r\n{}";
     client.write_all(request.as_bytes()).unwrap();
-    executed(&demo, 1).await;
+    demo.until_executed(1).await;
     drop(client);
-    let retry = settled(&demo, &[("idempotency-key", "k")], "{}").await;
+    let retry = demo.settled("/payments", &[("idempotency-key", "k")], "{}").await;
     assert_eq!((retry.status, retry.is_replay()), (StatusCode::CREATED, true));
-    assert_eq!(effects(&demo).await.len(), 1);
+    assert_eq!(demo.effects().await.len(), 1);
 }
 
 #[tokio::test]
@@ -258,15 +227,11 @@ async fn a_retention_overrides_every_routes_own() {
         ("/payments", "idempotency-key"),
         ("/v3/payouts/refund", "pockyt-request-id"),
     ] {
-        let first = to(&demo, route, &[(header, "k")], "{}").await;
-        loop {
-            let next = to(&demo, route, &[(header, "k")], "{}").await;
-            if !next.is_replay() {
-                assert_eq!(next.status, StatusCode::CREATED);
-                assert_ne!(next.body, first.body, "it expired: this is a new operation");
-                break;
-            }
-        }
+        let first = demo.post(route, &[(header, "k")], "{}").await;
+        let expired = |next: &Answer| !next.is_replay();
+        let next = demo.until(route, &[(header, "k")], "{}", expired).await;
+        assert_eq!(next.status, StatusCode::CREATED);
+        assert_ne!(next.body, first.body, "it expired: this is a new operation");
     }
 }
 
@@ -313,7 +278,7 @@ async fn a_graceful_stop_finishes_what_outlived_its_client() {
     let request = "POST /payments HTTP/1.1\r\nhost: localhost\r\nidempotency-key: k\r\nx-demo-delay-ms: 500\r\n\
                    content-length: 2\r\n\r\n{}";
     client.write_all(request.as_bytes()).unwrap();
-    executed(&demo, 1).await;
+    demo.until_executed(1).await;
     drop(client);
     assert!(demo.stop().success());
     assert_eq!(std::fs::read_to_string(&file).unwrap().lines().count(), 1);

@@ -1,11 +1,24 @@
 //! The demo server as a process of its own.
 
 use std::{
+    fs::File,
     io::{BufRead, BufReader},
     net::SocketAddr,
     path::PathBuf,
     process::{Child, ChildStdout, Command, Stdio},
 };
+
+use futures_util::future::join_all;
+use http::StatusCode;
+use serde_json::Value;
+
+use super::{
+    http::{Answer, get, post, send},
+    serve::assert_replay,
+};
+
+/// After so many questions what was waited for does not come; no more fit into the ports of one machine.
+const MANY: usize = 20_000;
 
 /// A running demo server, killed when it is dropped.
 pub struct Demo {
@@ -34,11 +47,18 @@ pub fn program() -> PathBuf {
 impl Demo {
     /// Starts the server on a free port and waits until it says that it is ready.
     pub fn start(options: &[&str]) -> Self {
-        let mut child = Command::new(program())
+        Self::run(Command::new(program()).args(options).stderr(Stdio::null()))
+    }
+
+    /// As [`start`](Self::start), and writes all that it has to say to `log`.
+    pub fn start_with_log(log: File) -> Self {
+        Self::run(Command::new(program()).env("RUST_LOG", "trace").stderr(log))
+    }
+
+    fn run(command: &mut Command) -> Self {
+        let mut child = command
             .args(["--listen", "127.0.0.1:0"])
-            .args(options)
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
             .spawn()
             .expect("the demo starts");
         let mut output = BufReader::new(child.stdout.take().expect("its output is piped"));
@@ -63,6 +83,100 @@ impl Demo {
 
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    pub async fn post(&self, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+        let request = post(path, headers, body.to_owned());
+        send(self.address, request).await.expect("an answer")
+    }
+
+    /// Sends a request whose handler panics: the connection breaks.
+    pub async fn lose(&self, path: &str, headers: &[(&str, &str)], body: &str) {
+        let headers = [headers, &[("x-demo-panic", "1")]].concat();
+        let request = post(path, &headers, body.to_owned());
+        assert!(send(self.address, request).await.is_err(), "the connection breaks");
+    }
+
+    /// Starts a request that is not answered while the test lasts, and waits until its handler runs, as the first one.
+    pub async fn occupy(&self, path: &str, headers: &[(&str, &str)], body: &str) {
+        let headers = [headers, &[("x-demo-delay-ms", "600000")]].concat();
+        tokio::spawn(send(self.address, post(path, &headers, body.to_owned())));
+        self.until_executed(1).await;
+    }
+
+    /// Sends a request whose client leaves while the first handler runs.
+    pub async fn leave(&self, path: &str, headers: &[(&str, &str)], body: &str) {
+        let headers = [headers, &[("x-demo-delay-ms", "200")]].concat();
+        let client = tokio::spawn(send(self.address, post(path, &headers, body.to_owned())));
+        self.until_executed(1).await;
+        client.abort();
+        let _ = client.await;
+    }
+
+    /// Sends 32 equal requests at the same time: one is answered, the others are told that it runs or get its answer.
+    /// Gives that answer.
+    pub async fn crowd(&self, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+        let headers = [headers, &[("x-demo-delay-ms", "200")]].concat();
+        let answers = join_all((0..32).map(|_| self.post(path, &headers, body))).await;
+        let is_first = |answer: &Answer| answer.status == StatusCode::CREATED && !answer.is_replay();
+        let (first, others): (Vec<_>, Vec<_>) = answers.into_iter().partition(is_first);
+        assert_eq!((first.len(), others.len()), (1, 31));
+        for other in others {
+            match other.is_replay() {
+                true => assert_replay(&first[0], &other),
+                false => {
+                    assert_eq!(other.problem(), "request-in-progress");
+                    assert_eq!(other.status, StatusCode::CONFLICT);
+                    assert!(other.header("retry-after").is_some());
+                }
+            }
+        }
+        first.into_iter().next().expect("there is one")
+    }
+
+    /// Asks again until the answer is such a one.
+    pub async fn until(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+        is_such: impl Fn(&Answer) -> bool,
+    ) -> Answer {
+        for _ in 0..MANY {
+            let answer = self.post(path, headers, body).await;
+            if is_such(&answer) {
+                return answer;
+            }
+            tokio::task::yield_now().await;
+        }
+        panic!("there is no such answer");
+    }
+
+    /// Asks again until no request with this key is running any more.
+    pub async fn settled(&self, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+        let is_settled =
+            |answer: &Answer| answer.status != StatusCode::CONFLICT || answer.problem() != "request-in-progress";
+        self.until(path, headers, body, is_settled).await
+    }
+
+    /// What the ledger shows, newest first.
+    pub async fn effects(&self) -> Vec<Value> {
+        let ledger = get(self.address, "/ledger").await;
+        assert_eq!(ledger.header("content-type"), Some("application/json"));
+        ledger.json()["effects"].as_array().expect("a list").clone()
+    }
+
+    /// Until this many handlers of requests with a key have been started.
+    pub async fn until_executed(&self, handlers: u64) {
+        let line = format!("\nidempotency_executed_total {handlers}\n");
+        for _ in 0..MANY {
+            let metrics = get(self.address, "/metrics").await;
+            if String::from_utf8_lossy(&metrics.body).contains(&line) {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+        panic!("{handlers} handlers were never started");
     }
 
     /// As a power switch would: nothing is finished.
