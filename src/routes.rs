@@ -12,10 +12,22 @@ pub(crate) struct Routes {
 }
 
 impl Routes {
+    /// The settings of exactly this pattern.
+    pub(crate) fn named(&self, pattern: &str) -> Option<&Arc<Shared>> {
+        let named = self.routes.iter().find(|(known, _)| known == pattern);
+        named.map(|(_, route)| route)
+    }
+
+    /// In place of what the pattern had.
+    ///
     /// # Panics
-    /// If the pattern is not one, or matches the same paths as an earlier one.
+    /// If the pattern is not one, or conflicts with another one.
     #[allow(clippy::panic, reason = "documented where users call it, and before any request")]
-    pub(crate) fn insert(&mut self, pattern: &str, route: Arc<Shared>) {
+    pub(crate) fn put(&mut self, pattern: &str, route: Arc<Shared>) {
+        if let Some((_, known)) = self.routes.iter_mut().find(|(known, _)| known == pattern) {
+            *known = route;
+            return;
+        }
         if let Err(error) = self.patterns.insert(pattern, self.routes.len()) {
             panic!("{pattern:?} is not a route of its own: {error}");
         }

@@ -96,8 +96,10 @@ impl<S> Idempotency<S> {
         if routes.is_empty() {
             return &self.shared;
         }
-        let path = sent_uri(request.extensions(), request.uri()).path();
-        routes.find(path).unwrap_or(&self.shared)
+        let sent = sent_uri(request.extensions(), request.uri()).path();
+        // A nested router strips its prefix: a pattern may mean the path with it or without.
+        let found = routes.find(sent).or_else(|| routes.find(request.uri().path()));
+        found.unwrap_or(&self.shared)
     }
 }
 

@@ -62,10 +62,6 @@ impl IdempotencyLayer {
     ///     .profile(Profile::pockyt())
     ///     .max_request_body(64 * 1024);
     /// ```
-    ///
-    /// # Panics
-    /// If it names a [route](Self::route) that the layer has settings of already: two profiles for the same paths
-    /// belong on two layers.
     #[must_use]
     pub fn profile(self, profile: Profile) -> Self {
         profile.apply(self)
@@ -73,11 +69,13 @@ impl IdempotencyLayer {
 
     /// Settings of the requests whose path this is, over those of all others. `pattern` is a route as axum writes it:
     /// `/refunds`, `/orders/{id}`, `/card/{*rest}`; where several match, the more exact one counts. Without
-    /// a match the layer's own settings do. The path is the one that the client sent, before axum's nested routers
-    /// stripped a prefix from it; it is compared character by character, so that `/refunds/` is not `/refunds`.
+    /// a match the layer's own settings do. The path is the one that the client sent; where no pattern matches that, it
+    /// is the rest that axum's nested routers left of it, so that a profile's routes hold under a prefix, too. It is
+    /// compared character by character, so that `/refunds/` is not `/refunds`.
     ///
-    /// The closure starts from the layer's settings as they are at this point. What is set on the layer afterwards is
-    /// set for all of its routes, too; routes that the closure adds to its layer are left out. Default: no routes.
+    /// The closure starts from the layer's settings as they are at this point, or from those of the pattern if it is
+    /// there already. What is set on the layer afterwards is set for all of its routes, too; routes that the closure
+    /// adds to its layer are left out. Default: no routes.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -88,15 +86,15 @@ impl IdempotencyLayer {
     /// ```
     ///
     /// # Panics
-    /// If the pattern is not a route, or conflicts with an earlier one: the same pattern again, or one with another
-    /// name for the same parameter.
+    /// If the pattern is not a route, or conflicts with an earlier one: it has another name for the same parameter.
     #[must_use]
     pub fn route(mut self, pattern: &str, settings: impl FnOnce(Self) -> Self) -> Self {
-        let base = Self {
-            shared: Arc::new(self.shared.without_routes()),
+        let shared = match self.shared.routes.named(pattern) {
+            Some(route) => Arc::clone(route),
+            None => Arc::new(self.shared.without_routes()),
         };
-        let route = settings(base).shared;
-        Arc::make_mut(&mut self.shared).routes.insert(pattern, route);
+        let route = settings(Self { shared }).shared;
+        Arc::make_mut(&mut self.shared).routes.put(pattern, route);
         self
     }
 
