@@ -1,6 +1,7 @@
 //! The demo server as a process of its own.
 
 use std::{
+    fs::File,
     io::{BufRead, BufReader},
     net::SocketAddr,
     path::PathBuf,
@@ -34,11 +35,20 @@ pub fn program() -> PathBuf {
 impl Demo {
     /// Starts the server on a free port and waits until it says that it is ready.
     pub fn start(options: &[&str]) -> Self {
-        let mut child = Command::new(program())
+        Self::run(Command::new(program()).args(options).stderr(Stdio::null()))
+    }
+
+    /// As above, with its log in a file.
+    pub fn start_logged(options: &[&str], log: File) -> Self {
+        let mut program = Command::new(program());
+        program.env("RUST_LOG", "info").env("NO_COLOR", "1");
+        Self::run(program.args(options).stderr(log))
+    }
+
+    fn run(program: &mut Command) -> Self {
+        let mut child = program
             .args(["--listen", "127.0.0.1:0"])
-            .args(options)
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
             .spawn()
             .expect("the demo starts");
         let mut output = BufReader::new(child.stdout.take().expect("its output is piped"));

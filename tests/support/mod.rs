@@ -4,7 +4,9 @@
 
 pub mod app;
 pub mod browser;
+pub mod calls;
 pub mod demo;
 pub mod faulty;
 pub mod http;
+pub mod midaspay;
 pub mod serve;
