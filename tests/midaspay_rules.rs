@@ -263,6 +263,15 @@ async fn what_was_lost_is_not_run_years_later() {
 }
 
 #[tokio::test]
+async fn the_card_operations_are_one_resource_type_where_each_has_a_route_of_its_own_too() {
+    let control = open();
+    let app = serve(&control, midaspay(), |run| (StatusCode::CREATED, run.to_string()));
+    assert_created(&place(&app, "/v1/card/bind", &body("c")).await);
+    assert_duplicate(&place(&app, "/v1/card/token", &body("c")).await);
+    assert_eq!(control.runs(), 1);
+}
+
+#[tokio::test]
 async fn a_retention_may_be_set_and_then_a_reference_id_expires() {
     let midas = MidasPay::start_with(&["--retention", "1ms"]);
     for path in OPERATIONS {
