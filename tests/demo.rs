@@ -12,24 +12,13 @@ use std::{
 use http::StatusCode;
 use serde_json::{Value, json};
 use support::{
+    calls::{effects, executed, to},
     demo::{self, Demo},
     http::{Answer, get, post, send},
 };
 
 async fn pay(demo: &Demo, headers: &[(&str, &str)], body: &str) -> Answer {
     to(demo, "/payments", headers, body).await
-}
-
-async fn to(demo: &Demo, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
-    send(demo.address(), post(path, headers, body.to_owned()))
-        .await
-        .expect("an answer")
-}
-
-async fn effects(demo: &Demo) -> Vec<Value> {
-    let ledger = get(demo.address(), "/ledger").await;
-    assert_eq!(ledger.header("content-type"), Some("application/json"));
-    ledger.json()["effects"].as_array().expect("a list").clone()
 }
 
 /// Asks again until the first request with this key has ended.
@@ -39,14 +28,6 @@ async fn settled(demo: &Demo, headers: &[(&str, &str)], body: &str) -> Answer {
         if answer.status != StatusCode::CONFLICT || answer.problem() != "request-in-progress" {
             return answer;
         }
-        tokio::task::yield_now().await;
-    }
-}
-
-/// Until this many handlers have been started.
-async fn executed(demo: &Demo, handlers: u64) {
-    let line = format!("\nidempotency_executed_total {handlers}\n");
-    while !String::from_utf8_lossy(&get(demo.address(), "/metrics").await.body).contains(&line) {
         tokio::task::yield_now().await;
     }
 }

@@ -21,8 +21,9 @@ pub async fn to(demo: &Demo, path: &str, headers: &[(&str, &str)], body: &str) -
 
 /// What really happened, newest first.
 pub async fn effects(demo: &Demo) -> Vec<Value> {
-    let ledger = get(demo.address(), "/ledger").await.json();
-    ledger["effects"].as_array().expect("a list").clone()
+    let ledger = get(demo.address(), "/ledger").await;
+    assert_eq!(ledger.header("content-type"), Some("application/json"));
+    ledger.json()["effects"].as_array().expect("a list").clone()
 }
 
 /// Until this many handlers have been started.
