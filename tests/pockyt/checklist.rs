@@ -71,7 +71,7 @@ async fn no_key_is_retained_for_ever() {
 #[tokio::test]
 async fn the_log_tells_of_duplicates_and_holds_neither_keys_nor_credentials_nor_members_of_bodies() {
     let log = tempfile::NamedTempFile::new().unwrap();
-    let demo = Demo::start_with_log(log.reopen().unwrap());
+    let demo = Demo::start_with_log("trace", log.reopen().unwrap());
     let payout = &of_merchant("\"merchant-202333\"");
     let credentials = ("authorization", "Bearer b8a3c1d6e2");
     let with_credentials = |key| [&keyed(key)[..], &[credentials]].concat();

@@ -20,6 +20,9 @@ use super::{
 /// After so many questions what was waited for does not come; no more fit into the ports of one machine.
 const MANY: usize = 20_000;
 
+/// So long that a handler under it is still running when its test ends; a header of the demo's.
+pub const ENDLESS: (&str, &str) = ("x-demo-delay-ms", "3600000");
+
 /// A running demo server, killed when it is dropped.
 pub struct Demo {
     child: Child,
@@ -50,9 +53,11 @@ impl Demo {
         Self::run(Command::new(program()).args(options).stderr(Stdio::null()))
     }
 
-    /// As [`start`](Self::start), and writes all that it has to say to `log`.
-    pub fn start_with_log(log: File) -> Self {
-        Self::run(Command::new(program()).env("RUST_LOG", "trace").stderr(log))
+    /// As [`start`](Self::start), and writes what it has to say from this level on to `log`.
+    pub fn start_with_log(level: &str, log: File) -> Self {
+        let mut program = Command::new(program());
+        program.env("RUST_LOG", level).env("NO_COLOR", "1");
+        Self::run(program.stderr(log))
     }
 
     fn run(command: &mut Command) -> Self {
@@ -99,7 +104,7 @@ impl Demo {
 
     /// Starts a request that is not answered while the test lasts, and waits until its handler runs, as the first one.
     pub async fn occupy(&self, path: &str, headers: &[(&str, &str)], body: &str) {
-        let headers = [headers, &[("x-demo-delay-ms", "600000")]].concat();
+        let headers = [headers, &[ENDLESS]].concat();
         tokio::spawn(send(self.address, post(path, &headers, body.to_owned())));
         self.until_executed(1).await;
     }
@@ -164,6 +169,13 @@ impl Demo {
         let ledger = get(self.address, "/ledger").await;
         assert_eq!(ledger.header("content-type"), Some("application/json"));
         ledger.json()["effects"].as_array().expect("a list").clone()
+    }
+
+    /// The only effect is the one that the answer tells of.
+    pub async fn assert_one_effect(&self, answer: &Answer) {
+        let effects = self.effects().await;
+        assert_eq!(effects.len(), 1, "{effects:?}");
+        assert_eq!(effects[0]["id"], answer.json()["id"]);
     }
 
     /// Until this many handlers of requests with a key have been started.

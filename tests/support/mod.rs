@@ -7,4 +7,5 @@ pub mod browser;
 pub mod demo;
 pub mod faulty;
 pub mod http;
+pub mod midaspay;
 pub mod serve;
