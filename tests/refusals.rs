@@ -20,22 +20,6 @@ fn without_key() -> Request<Body> {
     Request::post("/pay").body(Body::empty()).unwrap()
 }
 
-const KINDS: [RejectionKind; 13] = [
-    RejectionKind::KeyMissing,
-    RejectionKind::KeyInvalid,
-    RejectionKind::ScopeMissing,
-    RejectionKind::BodyTooLarge,
-    RejectionKind::BodyIncomplete,
-    RejectionKind::KeyReused,
-    RejectionKind::InProgress,
-    RejectionKind::OutcomeUnknown,
-    RejectionKind::ResponseNotKept,
-    RejectionKind::StoreUnavailable,
-    RejectionKind::StoreFull,
-    RejectionKind::RecordUnreadable,
-    RejectionKind::RecordFromNewerVersion,
-];
-
 #[tokio::test]
 async fn a_refusal_is_a_problem_document_with_a_link_to_its_documentation() {
     let answer = call(&pay(&open(), layer()), without_key()).await;
@@ -60,7 +44,7 @@ async fn a_refusal_is_a_problem_document_with_a_link_to_its_documentation() {
 fn the_documentation_describes_every_kind_under_its_slug_and_status() {
     let documentation = include_str!("../src/problems.rs");
     let mut slugs = std::collections::HashSet::new();
-    for kind in KINDS {
+    for kind in RejectionKind::ALL {
         assert!(slugs.insert(kind.slug()));
         let (_, section) = documentation
             .split_once(&format!("//! ## {}\n", kind.slug()))
@@ -71,7 +55,7 @@ fn the_documentation_describes_every_kind_under_its_slug_and_status() {
     }
     assert_eq!(
         documentation.matches("//! ## ").count(),
-        KINDS.len(),
+        RejectionKind::ALL.len(),
         "and describes nothing else"
     );
 }
