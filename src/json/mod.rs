@@ -7,6 +7,8 @@
 mod canonical;
 mod number;
 mod pointer;
+#[cfg(test)]
+mod properties;
 
 use std::{
     borrow::Cow,
