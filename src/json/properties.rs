@@ -246,7 +246,9 @@ proptest! {
     }
 
     #[test]
-    fn a_further_digit_of_any_number_makes_another_value(value in value(), at in any::<Index>(), form in any::<u64>()) {
+    fn a_further_digit_of_any_number_makes_another_value(
+        value in value(), at in any::<Index>(), form in any::<u64>(),
+    ) {
         let mut count = usize::MAX;
         nudge(&mut value.clone(), &mut count);
         let numbers = usize::MAX - count;
@@ -259,7 +261,8 @@ proptest! {
 
     #[test]
     fn a_pointer_of_any_steps_looks_into_any_value_without_harm(
-        value in value(), steps in collection::vec("\\*|[0-9+-]{1,3}|[ab]{0,2}|(~0|~1|é|😀|99999999999999999999){1,2}", 1..5),
+        value in value(),
+        steps in collection::vec("\\*|[0-9+-]{1,3}|[ab]{0,2}|(~0|~1|é|😀|99999999999999999999){1,2}", 1..5),
     ) {
         let text = written(&value, 0);
         let json = Json::parse(text.as_bytes()).unwrap();
@@ -286,7 +289,10 @@ proptest! {
 
     #[test]
     fn what_is_read_is_what_serde_json_reads(
-        text in prop_oneof!["[\\[\\]{}:,\"\\\\0-9eE.+a -]{0,16}", "(true|null|[\\[\\]{},:]|\"a\"|-?[0-9.e]{1,4}| ){0,8}"],
+        text in prop_oneof![
+            "[\\[\\]{}:,\"\\\\0-9eE.+a -]{0,16}",
+            "(true|null|[\\[\\]{},:]|\"a\"|-?[0-9.e]{1,4}| ){0,8}",
+        ],
     ) {
         let theirs = serde_json::from_str::<serde_json::Value>(&text);
         match (Json::parse(text.as_bytes()), theirs) {
