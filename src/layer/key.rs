@@ -80,8 +80,8 @@ impl IdempotencyLayer {
     /// The header by which a client says when it sent this operation's first request, as an HTTP date (OASIS Repeatable
     /// Requests: `Repeatability-First-Sent`). Every request with a key has to have it, and one that was sent first
     /// longer ago than the [retention](Self::retention) is refused (412): its record may be gone, so that it would run
-    /// again. `ahead` is how far a client's clock may be ahead of the server's; records are kept for so much longer.
-    /// Default: no such header.
+    /// again. `ahead` is how far a client's clock may be ahead of the server's; records are kept for so much longer,
+    /// and a minute. Default: no such header.
     #[must_use]
     pub fn first_sent(self, header: HeaderName, ahead: Duration) -> Self {
         self.first_sent_by(header, ahead, SystemTime::now)

@@ -81,7 +81,8 @@ impl IdempotencyLayer {
     /// ```
     ///
     /// # Panics
-    /// If the pattern is not a route, or matches the same paths as an earlier one.
+    /// If the pattern is not a route, or conflicts with an earlier one as axum's routes do: `/card/{id}` with
+    /// `/card/{*rest}`, but not `/card/new` with either.
     #[must_use]
     pub fn route(mut self, pattern: &str, settings: impl FnOnce(Self) -> Self) -> Self {
         let base = Self {

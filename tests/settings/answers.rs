@@ -5,7 +5,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, StatusCode, header};
+use http::{HeaderName, HeaderValue, StatusCode};
 use tower_idempotency::{IdempotencyLayer, Keep, KeySource, key_rules};
 
 use crate::{
@@ -208,7 +208,6 @@ async fn a_key_that_no_header_can_have_is_left_out() {
                 (answer.header("x-result"), answer.header("x-key")),
                 (Some("accepted"), None)
             );
-            assert!(!answer.headers.contains_key(header::CONTENT_ENCODING));
         }
     }
 }

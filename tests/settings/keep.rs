@@ -104,14 +104,12 @@ async fn an_answer_may_be_kept_for_a_time_of_its_own() {
 
 #[tokio::test(start_paused = true)]
 async fn an_answer_may_be_kept_for_ever() {
-    for keep in [Keep::AnswerFor(Retention::Forever)] {
-        for at in 0..2 {
-            let (_, layer) = layer();
-            let service = &both(&open(), &layer, StatusCode::OK, keep)[at];
-            send(service).await;
-            advance(1000 * DAY).await;
-            assert!(send(service).await.is_replay());
-        }
+    for at in 0..2 {
+        let (_, layer) = layer();
+        let service = &both(&open(), &layer, StatusCode::OK, Keep::AnswerFor(Retention::Forever))[at];
+        send(service).await;
+        advance(1000 * DAY).await;
+        assert!(send(service).await.is_replay());
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use axum::response::IntoResponse;
 use http::{HeaderName, StatusCode};
 use tokio::time::advance;
-use tower_idempotency::{Fingerprinter, KeySource, RejectionKind, Scope, WithoutKey};
+use tower_idempotency::{Concurrent, Fingerprinter, KeySource, RejectionKind, Scope, WithoutKey};
 
 use crate::{
     layer,
@@ -115,6 +115,25 @@ async fn while_the_first_request_runs_an_equal_one_is_in_progress() {
         control.let_go();
         assert_eq!(first.await.unwrap().status, StatusCode::CREATED);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_duplicate_that_waited_is_told_that_it_is_one_too() {
+    let (_, layer) = layer();
+    let control = gated();
+    let wait = Concurrent::Wait(Duration::from_secs(5));
+    let app = pay(
+        &control,
+        layer.without_key(WithoutKey::DeriveAndRefuse).on_concurrent(wait),
+    );
+    let first = spawn(&app, to_pay(&[], "a"));
+    control.entered().await;
+    let second = spawn(&app, to_pay(&[], "a"));
+    advance(Duration::from_secs(1)).await;
+    assert!(!second.is_finished(), "nobody knows yet whether the first one executes");
+    control.let_go();
+    assert_eq!(first.await.unwrap().status, StatusCode::CREATED);
+    assert_eq!(second.await.unwrap().problem(), "duplicate-request");
 }
 
 #[tokio::test]
