@@ -78,8 +78,8 @@ struct Numbers<'a> {
 impl<'a> Numbers<'a> {
     /// Whether serde_json made this name up: with its feature `arbitrary_precision`, which any crate of the program may
     /// turn on, a number comes as an object of one member. A client's member of that name is borrowed from the text.
-    fn is_not_from_the_text(&self, name: &Cow<'_, str>) -> bool {
-        matches!(name, Cow::Borrowed(name) if !self.text.as_bytes().as_ptr_range().contains(&name.as_ptr()))
+    fn is_not_from_the_text(&self, name: &str) -> bool {
+        !self.text.as_bytes().as_ptr_range().contains(&name.as_ptr())
     }
 
     /// The next one. Called whenever the reader has read one, so that the text before it is known to be JSON.
@@ -171,7 +171,7 @@ impl<'a> Visitor<'a> for Seed<'_, 'a> {
     fn visit_map<A: MapAccess<'a>>(self, mut members: A) -> Result<Json<'a>, A::Error> {
         let mut object = Vec::new();
         while let Some(name) = members.next_key_seed(Name)? {
-            if self.0.is_not_from_the_text(&name) {
+            if matches!(name, Cow::Borrowed(name) if self.0.is_not_from_the_text(name)) {
                 members.next_value_seed(Name)?;
                 return self.number();
             }
