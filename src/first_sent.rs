@@ -14,6 +14,9 @@ use crate::{
     rejection::{Rejection, RejectionKind},
 };
 
+/// More than it takes from the check of a request to its look-up in the store.
+const LOOK_UP: Duration = Duration::from_secs(60);
+
 type Clock = dyn Fn() -> SystemTime + Send + Sync;
 
 /// The header that says it, and the clock that it is compared to.
@@ -61,10 +64,10 @@ impl FirstSent {
     }
 
     /// How long records have to be kept so that none is gone that a request may ask for: a client whose clock is ahead
-    /// may come that much later.
+    /// may come that much later, and its record is looked up a little after it was found to be in time.
     pub(crate) fn retention(&self, retention: Retention) -> Retention {
         match retention {
-            Retention::For(retention) => Retention::For(retention.saturating_add(self.ahead)),
+            Retention::For(retention) => Retention::For(retention.saturating_add(self.ahead).saturating_add(LOOK_UP)),
             forever => forever,
         }
     }

@@ -94,8 +94,14 @@ impl Replay {
                 let mut first = Response::new(body);
                 *first.status_mut() = status;
                 *first.headers_mut() = std::mem::take(headers);
+                let length = first.body().len();
                 let (parts, body) = rewrite(first, duplicate).into_parts();
                 *headers = parts.headers;
+                // What the first answer announced is not the length of another body.
+                let announced = headers.get(header::CONTENT_LENGTH);
+                if length != body.len() && announced.is_some_and(|announced| *announced != body.len().to_string()) {
+                    headers.remove(header::CONTENT_LENGTH);
+                }
                 (parts.status, body)
             }
         }

@@ -133,7 +133,8 @@ fn head(policy: &Policy, parts: &request::Parts) -> Result<Head, Rejection> {
             _ => return Ok(Head::Passes),
         },
     };
-    if let Some(first_sent) = &policy.first_sent {
+    // What it would be refused for with its body, too, it need not send.
+    if let (Head::Key(_), Some(first_sent)) = (&head, &policy.first_sent) {
         first_sent.check(parts, policy.retention)?;
     }
     Ok(head)

@@ -7,6 +7,8 @@
 mod canonical;
 mod number;
 mod pointer;
+#[cfg(test)]
+mod properties;
 
 use std::{
     borrow::Cow,
@@ -74,6 +76,12 @@ struct Numbers<'a> {
 }
 
 impl<'a> Numbers<'a> {
+    /// Whether serde_json made this name up: with its feature `arbitrary_precision`, which any crate of the program may
+    /// turn on, a number comes as an object of one member. A client's member of that name is borrowed from the text.
+    fn is_not_from_the_text(&self, name: &str) -> bool {
+        !self.text.as_bytes().as_ptr_range().contains(&name.as_ptr())
+    }
+
     /// The next one. Called whenever the reader has read one, so that the text before it is known to be JSON.
     fn next(&self) -> &'a str {
         let bytes = self.text.as_bytes();
@@ -163,6 +171,10 @@ impl<'a> Visitor<'a> for Seed<'_, 'a> {
     fn visit_map<A: MapAccess<'a>>(self, mut members: A) -> Result<Json<'a>, A::Error> {
         let mut object = Vec::new();
         while let Some(name) = members.next_key_seed(Name)? {
+            if matches!(name, Cow::Borrowed(name) if self.0.is_not_from_the_text(name)) {
+                members.next_value_seed(Name)?;
+                return self.number();
+            }
             object.push((name, members.next_value_seed(self)?));
         }
         object.sort_by(|(one, _), (other, _)| utf16_order(one, other));
@@ -244,6 +256,26 @@ mod tests {
         assert_eq!(inner.member("3"), Some(&Json::String("4\\".into())));
         assert_eq!(json.member("d"), Some(&Json::Number("6")));
         assert_eq!(json.member("e"), None);
+    }
+
+    #[test]
+    fn a_number_is_one_also_where_another_crate_makes_serde_json_give_it_as_an_object() {
+        use serde::de::value::{BorrowedStrDeserializer, MapDeserializer};
+
+        const MADE_UP: &str = "$serde_json::private::Number";
+        let numbers = Numbers {
+            text: "[1.50, 1e999]",
+            at: Cell::new(0),
+        };
+        let number = || {
+            let name = BorrowedStrDeserializer::<serde_json::Error>::new(MADE_UP);
+            Seed(&numbers).visit_map(MapDeserializer::new([(name, "as it is written")].into_iter()))
+        };
+        assert_eq!(number().unwrap(), Json::Number("1.50"));
+        assert!(number().unwrap_err().to_string().contains("out of range"));
+        let of_a_client = format!(r#"{{"{MADE_UP}":"1"}}"#);
+        let json = Json::parse(of_a_client.as_bytes()).unwrap();
+        assert_eq!(json.member(MADE_UP), Some(&Json::String("1".into())));
     }
 
     #[test]

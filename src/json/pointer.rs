@@ -79,7 +79,10 @@ fn walk<'j, 'a>(steps: &[Step], at: Option<&'j Json<'a>>, found: &mut Vec<Option
 
 fn named<'j, 'a>(at: &'j Json<'a>, name: &str) -> Option<&'j Json<'a>> {
     match at {
-        Json::Array(elements) if name == "0" || !name.starts_with('0') => elements.get(name.parse::<usize>().ok()?),
+        // Digits only: what parses as a number may have a sign.
+        Json::Array(elements) if name == "0" || name.starts_with(|first| matches!(first, '1'..='9')) => {
+            elements.get(name.parse::<usize>().ok()?)
+        }
         at => at.member(name),
     }
 }
@@ -112,7 +115,15 @@ mod tests {
         assert_eq!(find("/id"), [Some("String(\"a\")".to_owned())]);
         assert_eq!(find("/units/0/id"), [Some("String(\"u1\")".to_owned())]);
         assert_eq!(find("/a~1b/~0"), [Some("Number(\"2\")".to_owned())]);
-        for absent in ["/nothing", "/id/deeper", "/units/9", "/units/00", "/units/-1", "/"] {
+        for absent in [
+            "/nothing",
+            "/id/deeper",
+            "/units/9",
+            "/units/00",
+            "/units/-1",
+            "/units/+1",
+            "/",
+        ] {
             assert_eq!(find(absent), [None], "{absent}");
         }
     }

@@ -85,7 +85,8 @@ impl IdempotencyLayer {
     /// Requests: `Repeatability-First-Sent`). Every request with a key has to have it, once, and one that has it needs
     /// a key (400 otherwise). One that was sent first longer ago than the [retention](Self::retention) is refused
     /// (412): its record may be gone, so that it would run again. `ahead` is how far a client's clock may be ahead of
-    /// the server's; records are kept for so much longer. Default: no such header.
+    /// the server's; records are kept for so much longer, and a minute. A handler's
+    /// [`Keep::AnswerFor`](crate::Keep::AnswerFor) of a shorter time undoes that. Default: no such header.
     #[must_use]
     pub fn first_sent(self, header: HeaderName, ahead: Duration) -> Self {
         self.first_sent_by(header, ahead, SystemTime::now)

@@ -74,8 +74,7 @@ impl IdempotencyLayer {
     /// compared character by character, so that `/refunds/` is not `/refunds`.
     ///
     /// The closure starts from the layer's settings as they are at this point, or from those of the pattern if it is
-    /// there already. What is set on the layer afterwards is set for all of its routes, too; routes that the closure
-    /// adds to its layer are left out. Default: no routes.
+    /// there already. What is set on the layer afterwards is set for all of its routes, too. Default: no routes.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -86,7 +85,8 @@ impl IdempotencyLayer {
     /// ```
     ///
     /// # Panics
-    /// If the pattern is not a route, or conflicts with an earlier one: it has another name for the same parameter.
+    /// If the pattern is not a route, or conflicts with an earlier one as axum's routes do: `/card/{id}` with
+    /// `/card/{*rest}`, but not `/card/new` with either. If the closure adds routes: routes stand beside each other.
     #[must_use]
     pub fn route(mut self, pattern: &str, settings: impl FnOnce(Self) -> Self) -> Self {
         let shared = match self.shared.routes.named(pattern) {
@@ -94,6 +94,10 @@ impl IdempotencyLayer {
             None => Arc::new(self.shared.without_routes()),
         };
         let route = settings(Self { shared }).shared;
+        assert!(
+            route.routes.is_empty(),
+            "the settings of {pattern:?} have routes of their own"
+        );
         Arc::make_mut(&mut self.shared).routes.put(pattern, route);
         self
     }

@@ -26,7 +26,7 @@ impl Profile {
     /// - *How long*: at least 5 minutes; 24 hours here. *A clock that is ahead*: by at most 5 minutes.
     /// - *A request that is still running*: 409, `accepted`.
     /// - *Only one of the two fields*: refused, 400. *Neither*: the request passes, unprotected.
-    /// - *A 5xx*: its id is free. **A handler must not answer so after an effect.**
+    /// - *A 5xx*: it has no result, and its id is free. **A handler must not answer so after an effect.**
     pub fn oasis_repeatable_requests() -> Self {
         Self::new("OASIS Repeatable Requests", |layer| {
             let layer = layer
@@ -50,6 +50,8 @@ impl Profile {
                 RejectionKind::KeyInvalid,
                 RejectionKind::KeyReused,
                 RejectionKind::ScopeMissing,
+                RejectionKind::BodyTooLarge,
+                RejectionKind::BodyIncomplete,
                 RejectionKind::FirstSentInvalid,
                 RejectionKind::FirstSentTooOld,
             ];

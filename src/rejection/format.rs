@@ -148,7 +148,34 @@ impl fmt::Debug for RejectionFormat {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn whatever_is_said_stands_in_the_json_as_it_was_said(
+            code in any::<String>(),
+            title in any::<String>(),
+            detail in prop_oneof![any::<String>(), r#"[{}"\\\ncode:,]{0,20}"#],
+            uri in any::<String>(),
+        ) {
+            let format = RejectionFormat::json(
+                r#"{"code":{code},"title":{title},"detail":[{detail}],"type":{type},"status":{status}}"#,
+            );
+            let mut rejection = Rejection::new(RejectionKind::KeyInvalid).with_detail(detail.clone());
+            rejection.title = title.clone().into();
+            rejection.code = Some(code.clone().into());
+            rejection.type_uri = uri.clone().into();
+            let expected = serde_json::json!({
+                "code": code, "title": title, "detail": [detail], "type": uri, "status": 400,
+            });
+            prop_assert_eq!(serde_json::from_slice::<Value>(&format.body(&rejection)).unwrap(), expected);
+            let problem: Value = serde_json::from_slice(&rejection.problem_document()).unwrap();
+            prop_assert_eq!(&problem["detail"], &Value::from(detail));
+            prop_assert_eq!(&problem["title"], &Value::from(title));
+        }
+    }
 
     #[test]
     fn placeholders_become_json_values_whatever_is_in_them() {

@@ -134,3 +134,42 @@ pub fn spawn(service: &Router, request: Request<Body>) -> tokio::task::JoinHandl
     let service = service.clone();
     tokio::spawn(async move { call(&service, request).await })
 }
+
+/// Every method and path answers 201 with the number of the run, the attempt and the request's body.
+pub fn anywhere(control: &Control, layer: IdempotencyLayer) -> Router {
+    anywhere_answering(control, layer, |run, request, body| {
+        let attempt = request.extensions.get().map_or(0, Attempt::number);
+        let body = String::from_utf8_lossy(&body).into_owned();
+        let answer = format!("run {run} attempt {attempt}: {body}");
+        (http::StatusCode::CREATED, answer).into_response()
+    })
+}
+
+/// Every method and path answers as it is told, after the gate.
+pub fn anywhere_answering(
+    control: &Control,
+    layer: IdempotencyLayer,
+    answer: impl Fn(usize, &http::request::Parts, Bytes) -> Response + Clone + Send + Sync + 'static,
+) -> Router {
+    let control = control.clone();
+    let handler = async move |request: Request<Body>| {
+        let run = control.pass().await;
+        let (parts, body) = request.into_parts();
+        let body = body.collect().await.expect("a whole body").to_bytes();
+        answer(run, &parts, body)
+    };
+    Router::new().fallback(handler).layer(layer)
+}
+
+/// A request with these headers, in their order.
+pub fn request(method: &str, path: &str, headers: &[(&str, &str)], body: impl Into<Body>) -> Request<Body> {
+    let request = headers.iter().fold(Request::builder(), |request, (name, value)| {
+        request.header(*name, *value)
+    });
+    request.method(method).uri(path).body(body.into()).expect("a request")
+}
+
+/// A `POST` to `/pay` with these headers.
+pub fn to_pay(headers: &[(&str, &str)], body: impl Into<Body>) -> Request<Body> {
+    request("POST", "/pay", headers, body)
+}
