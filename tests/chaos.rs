@@ -15,32 +15,21 @@ use axum::{Router, response::IntoResponse, routing::post};
 use http::StatusCode;
 use support::{
     app::{call, keyed},
+    dice::Dice,
     faulty::{Fault, FaultyStore, Op},
     http::Answer,
 };
 use tokio::time::{sleep, timeout};
 use tower_idempotency::{Concurrent, Guarantee, IdempotencyLayer, StoreErrorKind};
 
-/// A small generator: a failing round is repeated by its seed.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % limit
-    }
-
-    fn fault(&mut self, op: Op) -> Fault {
-        match self.below(7) {
-            0 => Fault::Error(StoreErrorKind::Unavailable),
-            1 => Fault::AnswerLost,
-            2 => Fault::BlackHole,
-            3 => Fault::AppliedBlackHole,
-            4 if matches!(op, Op::Begin | Op::Complete) => Fault::Error(StoreErrorKind::Full),
-            _ => Fault::Pass,
-        }
+fn fault(dice: &mut Dice, op: Op) -> Fault {
+    match dice.below(7) {
+        0 => Fault::Error(StoreErrorKind::Unavailable),
+        1 => Fault::AnswerLost,
+        2 => Fault::BlackHole,
+        3 => Fault::AppliedBlackHole,
+        4 if matches!(op, Op::Begin | Op::Complete) => Fault::Error(StoreErrorKind::Full),
+        _ => Fault::Pass,
     }
 }
 
@@ -53,7 +42,7 @@ enum Run {
 }
 
 async fn round(seed: u64, guarantee: Guarantee) {
-    let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut dice = Dice::of(seed);
     let store = FaultyStore::default();
     let concurrent = match dice.below(2) {
         0 => Concurrent::Refuse,
@@ -64,7 +53,7 @@ async fn round(seed: u64, guarantee: Guarantee) {
         .on_concurrent(concurrent)
         .max_waiters(3);
     for op in [Op::Begin, Op::Complete, Op::Release, Op::Abandon, Op::Renew] {
-        let mut faults: Vec<_> = (0..dice.below(4)).map(|_| dice.fault(op)).collect();
+        let mut faults: Vec<_> = (0..dice.below(4)).map(|_| fault(&mut dice, op)).collect();
         // There is always room for the fact that an answer is not kept.
         let full = |fault: &Fault| matches!(fault, Fault::Error(StoreErrorKind::Full));
         faults.dedup_by(|fault, before| full(fault) && full(before));

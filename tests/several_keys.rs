@@ -18,6 +18,7 @@ use http::{Request, StatusCode};
 use serde_json::{Value, json};
 use support::{
     app::{Control, call, gated, open, pay, spawn},
+    dice::Dice,
     faulty::{Fault, FaultyStore, Op},
     http::Answer,
 };
@@ -332,24 +333,13 @@ async fn a_request_claims_so_many_keys_and_no_more() {
 
 // ---- whatever happens
 
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % limit
-    }
-
-    fn fault(&mut self) -> Fault {
-        match self.below(6) {
-            0 => DOWN,
-            1 => Fault::AnswerLost,
-            2 => Fault::BlackHole,
-            3 => Fault::AppliedBlackHole,
-            _ => Fault::Pass,
-        }
+fn fault(dice: &mut Dice) -> Fault {
+    match dice.below(6) {
+        0 => DOWN,
+        1 => Fault::AnswerLost,
+        2 => Fault::BlackHole,
+        3 => Fault::AppliedBlackHole,
+        _ => Fault::Pass,
     }
 }
 
@@ -357,11 +347,11 @@ impl Dice {
 type Effects = Arc<Mutex<HashMap<String, Vec<String>>>>;
 
 async fn round(seed: u64, guarantee: Guarantee) {
-    let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut dice = Dice::of(seed);
     let store = FaultyStore::default();
     let layer = layer(&store).guarantee(guarantee);
     for op in [Op::Begin, Op::Complete, Op::Release, Op::Abandon, Op::Renew] {
-        let faults: Vec<_> = (0..dice.below(6)).map(|_| dice.fault()).collect();
+        let faults: Vec<_> = (0..dice.below(6)).map(|_| fault(&mut dice)).collect();
         store.fail(op, faults);
     }
     let effects = Effects::default();

@@ -5,6 +5,7 @@
 pub mod app;
 pub mod browser;
 pub mod demo;
+pub mod dice;
 pub mod faulty;
 pub mod http;
 pub mod midaspay;
