@@ -1,0 +1,128 @@
+//! Where settings, handlers' words and late bodies meet: one effect, one answer, one tenant.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::{
+    convert::Infallible,
+    sync::{
+        Arc,
+        atomic::{
+            AtomicU64, AtomicUsize,
+            Ordering::{Relaxed, SeqCst},
+        },
+    },
+    time::{Duration, SystemTime},
+};
+
+use axum::{Router, body::Body, response::IntoResponse, routing::post};
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Request, StatusCode, header};
+use serde_json::json;
+use support::{
+    app::{answering, call, gated, keyed, open, pay, spawn},
+    faulty::{Fault, FaultyStore, Op},
+};
+use tokio::time::{Instant, sleep};
+use tower_idempotency::{
+    Fingerprinter, Guarantee, IdempotencyLayer, Keep, KeySource, MemoryStore, Retention, StoreErrorKind,
+};
+
+const DOWN: Fault = Fault::Error(StoreErrorKind::Unavailable);
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+fn order(id: &str, units: &[String]) -> Request<Body> {
+    let units: Vec<_> = units.iter().map(|unit| json!({ "id": unit })).collect();
+    let body = json!({ "id": id, "units": units }).to_string();
+    Request::post("/pay").body(Body::from(body)).unwrap()
+}
+
+fn units(count: usize) -> Vec<String> {
+    (0..count).map(|number| format!("u{number}")).collect()
+}
+
+fn of_units(store: &FaultyStore) -> IdempotencyLayer {
+    IdempotencyLayer::new(store.clone())
+        .key(KeySource::body("/id").and_each("/units/*/id"))
+        .require_key()
+}
+
+// ---- several keys
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_is_not_lost_while_its_many_keys_are_ended() {
+    let store = FaultyStore::default();
+    let layer = of_units(&store)
+        .guarantee(Guarantee::AtLeastOnce)
+        .lease(Duration::from_secs(6));
+    let control = open();
+    let app = pay(&control, layer.clone());
+    // Each takes longer than a third of the lease, and is heard of at its second try.
+    store.fail(Op::Complete, [Fault::BlackHole; 4]);
+    let first = spawn(&app, order("a", &units(4)));
+    control.entered().await;
+    sleep(Duration::from_secs(7)).await;
+    let duplicate = call(&app, order("a", &units(4))).await;
+    let first = first.await.unwrap();
+    layer.drain().finished().await;
+    assert_eq!(control.runs(), 1, "{duplicate:?}");
+    assert_eq!(first.status, StatusCode::CREATED);
+    assert_eq!(call(&app, order("a", &units(4))).await.body, first.body);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_does_not_wait_for_a_silent_store_once_for_each_of_its_keys() {
+    let store = FaultyStore::default();
+    let layer = of_units(&store);
+    let app = pay(&open(), layer.clone());
+    let start = Instant::now();
+    store.fail(Op::Complete, [Fault::BlackHole; 33]);
+    let answer = call(&app, order("a", &units(32))).await;
+    assert_eq!(answer.status, StatusCode::CREATED);
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    layer.drain().finished().await;
+    assert!(call(&app, order("a", &units(32))).await.is_replay());
+    sleep(Duration::from_secs(600)).await;
+    let other = call(&app, order("b", &units(32)[31..])).await;
+    assert_eq!(other.problem(), "idempotency-key-reused");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_beside_that_is_lost_does_not_cost_the_operation_its_own() {
+    let store = FaultyStore::default();
+    let layer = of_units(&store).guarantee(Guarantee::AtLeastOnce);
+    let control = gated();
+    let app = pay(&control, layer.clone());
+    let first = spawn(&app, order("a", &units(1)));
+    control.entered().await;
+    // Of the operation's own record, then of the other.
+    store.fail(Op::Renew, [Fault::Pass, Fault::Error(StoreErrorKind::Fenced)]);
+    sleep(Duration::from_secs(300)).await;
+    let duplicate = call(&app, order("a", &units(1))).await;
+    assert_eq!(duplicate.problem(), "request-in-progress");
+    control.let_go();
+    assert_eq!(first.await.unwrap().status, StatusCode::CREATED);
+    assert_eq!(control.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_whose_claims_took_longer_than_its_lease_runs_only_if_it_was_not_taken_over() {
+    let store = FaultyStore::default();
+    let layer = of_units(&store)
+        .guarantee(Guarantee::AtLeastOnce)
+        .fingerprint(Fingerprinter::none())
+        .lease(Duration::from_secs(2));
+    let control = open();
+    let app = pay(&control, layer.clone());
+    store.fail(Op::Renew, [DOWN; 30]);
+    store.fail(Op::Begin, [Fault::Pass, Fault::BlackHole]);
+    let first = spawn(&app, order("a", &units(1)));
+    sleep(Duration::from_millis(2300)).await;
+    let second = call(&app, order("a", &[])).await;
+    assert_eq!(second.status, StatusCode::CREATED);
+    let first = first.await.unwrap();
+    layer.drain().finished().await;
+    assert_eq!(control.runs(), 1, "{first:?}");
+    let retry = call(&app, order("a", &[])).await;
+    assert_eq!((retry.is_replay(), retry.body), (true, second.body));
+}
