@@ -36,9 +36,17 @@ pub(crate) fn identify(
         None => policy.key.in_body(&json, &policy.key_rules)?,
     };
     match (&key, policy.without_key) {
-        (None, WithoutKey::Pass) => return Ok(None),
+        (None, WithoutKey::Pass) => match &policy.first_sent {
+            // It means to be protected.
+            Some(first_sent) if first_sent.is_in(&parts.headers) => return Err(key_missing(policy)),
+            _ => return Ok(None),
+        },
         (None, WithoutKey::Refuse) => return Err(key_missing(policy)),
         (None, WithoutKey::DeriveAndReplay | WithoutKey::DeriveAndRefuse) | (Some(_), _) => {}
+    }
+    if let Some(first_sent) = &policy.first_sent {
+        // Here, and not only before the body was read: that may have taken until the record is gone.
+        first_sent.check(parts, policy.retention)?;
     }
     let scope = policy.scope.of(parts, &json)?;
     let fingerprint = policy.fingerprinter.fingerprint(parts, body, &json)?;

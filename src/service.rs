@@ -133,7 +133,8 @@ fn head(policy: &Policy, parts: &request::Parts) -> Result<Head, Rejection> {
             _ => return Ok(Head::Passes),
         },
     };
-    if let Some(first_sent) = &policy.first_sent {
+    // What the body has to say is judged when it is there.
+    if let (Some(first_sent), Head::Key(_)) = (&policy.first_sent, &head) {
         first_sent.check(parts, policy.retention)?;
     }
     Ok(head)

@@ -126,3 +126,67 @@ async fn an_attempt_whose_claims_took_longer_than_its_lease_runs_only_if_it_was_
     let retry = call(&app, order("a", &[])).await;
     assert_eq!((retry.is_replay(), retry.body), (true, second.body));
 }
+
+// ---- the time of the first attempt
+
+const FIRST_SENT: HeaderName = HeaderName::from_static("repeatability-first-sent");
+
+/// A layer whose clock starts at noon and goes with that of the store.
+fn dated(source: KeySource) -> (IdempotencyLayer, impl Fn() -> HeaderValue) {
+    let noon = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    let start = Instant::now();
+    let now = move || noon + start.elapsed();
+    let layer = IdempotencyLayer::new(MemoryStore::new())
+        .key(source)
+        .retention(Duration::from_secs(3600))
+        .first_sent_by(FIRST_SENT, Duration::from_secs(60), now);
+    (layer, move || {
+        HeaderValue::try_from(httpdate::fmt_http_date(now())).unwrap()
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_whose_body_came_after_its_record_was_gone_does_not_run_again() {
+    let control = open();
+    let (layer, date) = dated(KeySource::default());
+    let app = pay(&control, layer);
+    let sent = date();
+    let request = |body| {
+        let mut request = keyed("k", "");
+        request.headers_mut().insert(FIRST_SENT, sent.clone());
+        *request.body_mut() = body;
+        request
+    };
+    assert_eq!(call(&app, request(Body::from("a"))).await.status, StatusCode::CREATED);
+    sleep(Duration::from_secs(3590)).await;
+    let slow = futures_util::stream::once(async {
+        sleep(Duration::from_secs(600)).await;
+        Ok::<_, Infallible>("a")
+    });
+    let late = call(&app, request(Body::from_stream(slow))).await;
+    assert_eq!(control.runs(), 1);
+    assert_eq!(late.problem(), "first-sent-too-old");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_date_of_the_first_attempt_needs_a_key_and_a_key_needs_a_date_also_in_a_body() {
+    let control = open();
+    let (layer, date) = dated(KeySource::body("/id"));
+    let app = pay(&control, layer);
+    let request = |body: &'static str, sent: Option<HeaderValue>| {
+        let mut request = Request::post("/pay").body(Body::from(body)).unwrap();
+        if let Some(sent) = sent {
+            request.headers_mut().insert(FIRST_SENT, sent);
+        }
+        request
+    };
+    let unkeyed = call(&app, request("{}", Some(date()))).await;
+    assert_eq!(control.runs(), 0);
+    assert_eq!(unkeyed.problem(), "idempotency-key-missing");
+    let undated = call(&app, request(r#"{"id":"a"}"#, None)).await;
+    assert_eq!(undated.problem(), "first-sent-invalid");
+    let neither = call(&app, request("{}", None)).await;
+    assert_eq!((neither.status, control.runs()), (StatusCode::CREATED, 1));
+    let both = call(&app, request(r#"{"id":"a"}"#, Some(date()))).await;
+    assert_eq!((both.status, control.runs()), (StatusCode::CREATED, 2));
+}
