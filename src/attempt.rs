@@ -39,8 +39,8 @@ enum Ran<R: Body, E> {
     /// To be kept for this long.
     Whole(response::Parts, BufferedBody, Retention),
     /// Not to be kept, by its nature or by the handler's word.
-    Stream(response::Parts, R),
-    OverLimit(response::Parts, Resumed<R>),
+    Stream(response::Parts, R, Retention),
+    OverLimit(response::Parts, Resumed<R>, Retention),
     Broken(response::Parts, Resumed<R>),
 }
 
@@ -134,27 +134,29 @@ where
             return Ran::NotReady(error);
         }
         let is_head = request.method() == Method::HEAD;
-        let (parts, body) = match service.call(request).await {
+        let (mut parts, body) = match service.call(request).await {
             Ok(response) => response.into_parts(),
             Err(error) => return Ran::Failed(error),
         };
+        // Taken out: what it says is said to this layer, and not to one around a handler that passes the answer on.
+        let word = parts.extensions.remove::<Keep>();
         let status = || grpc::http_status(&parts.headers).unwrap_or(parts.status);
-        let retention = match parts.extensions.get() {
+        let retention = match word {
             Some(Keep::Nothing) => return Ran::NotExecuted(parts, body),
-            Some(Keep::OnlyTheFact) => return Ran::Stream(parts, body),
-            Some(Keep::AnswerFor(retention)) => *retention,
+            Some(Keep::OnlyTheFact) => return Ran::Stream(parts, body, policy.kept_for()),
+            Some(Keep::AnswerFor(retention)) => retention,
             Some(Keep::Answer) => policy.kept_for(),
             None if policy.store_when.holds(status()) => policy.kept_for(),
             None => return Ran::NotExecuted(parts, body),
         };
         if (policy.stream_when)(&parts) {
-            return Ran::Stream(parts, body);
+            return Ran::Stream(parts, body, retention);
         }
         match body::keep(body, policy.max_response_body).await {
             // An answer without a body may announce the length that it would have with one.
             Kept::Whole(body) if !is_head && !is_complete(&parts, &body) => Ran::Broken(parts, Resumed::from(body)),
             Kept::Whole(body) => Ran::Whole(parts, body, retention),
-            Kept::OverLimit(body) => Ran::OverLimit(parts, body),
+            Kept::OverLimit(body) => Ran::OverLimit(parts, body, retention),
             Kept::Broken(body) => Ran::Broken(parts, body),
         }
     }
@@ -183,8 +185,13 @@ fn judge<R: Body, E>(
             Outcome::Completed(write_down(&parts, &body, policy), retention),
             executed(parts, ResponseBody::buffered(body)),
         ),
-        Ok(Ran::Stream(parts, body)) => (not_kept(&parts, policy), executed(parts, ResponseBody::passed(body))),
-        Ok(Ran::OverLimit(parts, body)) => (not_kept(&parts, policy), executed(parts, ResponseBody::resumed(body))),
+        Ok(Ran::Stream(parts, body, retention)) => {
+            (not_kept(&parts, retention), executed(parts, ResponseBody::passed(body)))
+        }
+        Ok(Ran::OverLimit(parts, body, retention)) => (
+            not_kept(&parts, retention),
+            executed(parts, ResponseBody::resumed(body)),
+        ),
         Ok(Ran::Broken(parts, body)) => (Outcome::Unknown, answer(parts, ResponseBody::resumed(body))),
     }
 }
@@ -204,8 +211,8 @@ fn is_complete(parts: &response::Parts, body: &BufferedBody) -> bool {
         || length.is_none_or(|length| length == body.data().len())
 }
 
-fn not_kept(parts: &response::Parts, policy: &Policy) -> Outcome {
-    Outcome::Completed(StoredResponse::not_kept(parts.status), policy.kept_for())
+fn not_kept(parts: &response::Parts, retention: Retention) -> Outcome {
+    Outcome::Completed(StoredResponse::not_kept(parts.status), retention)
 }
 
 /// A service that was polled ready before says so again; one that gave its place back asks for another.

@@ -190,3 +190,48 @@ async fn a_date_of_the_first_attempt_needs_a_key_and_a_key_needs_a_date_also_in_
     let both = call(&app, request(r#"{"id":"a"}"#, Some(date()))).await;
     assert_eq!((both.status, control.runs()), (StatusCode::CREATED, 2));
 }
+
+// ---- a handler's word
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_is_too_large_is_remembered_for_as_long_as_its_handler_says() {
+    for (content_type, length) in [("text/event-stream", 1), ("text/plain", 2000)] {
+        let control = open();
+        let layer = IdempotencyLayer::new(MemoryStore::new()).max_response_body(1000);
+        let app = answering(&control, layer, move |_, _, _| {
+            let headers = [(header::CONTENT_TYPE, content_type)];
+            (headers, Keep::AnswerFor(Retention::Forever), "x".repeat(length)).into_response()
+        });
+        assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::OK);
+        sleep(DAY * 2).await;
+        let retry = call(&app, keyed("k", "a")).await;
+        assert_eq!(control.runs(), 1, "{content_type}");
+        assert_eq!(retry.problem(), "response-not-kept");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_word_of_a_protected_service_is_not_that_of_a_handler_that_passes_its_answer_on() {
+    let fraud_check = Router::new()
+        .route("/check", post(async || (StatusCode::OK, Keep::Nothing, "fine")))
+        .layer(IdempotencyLayer::new(MemoryStore::new()));
+    let charges = Arc::new(AtomicUsize::new(0));
+    let handler = {
+        let charges = Arc::clone(&charges);
+        async move || {
+            charges.fetch_add(1, SeqCst);
+            let check = Request::post("/check")
+                .header("idempotency-key", "check")
+                .body(Body::empty())
+                .unwrap();
+            tower::ServiceExt::oneshot(fraud_check, check).await
+        }
+    };
+    let app = Router::new()
+        .route("/pay", post(handler))
+        .layer(IdempotencyLayer::new(MemoryStore::new()));
+    let first = call(&app, keyed("k", "a")).await;
+    let retry = call(&app, keyed("k", "a")).await;
+    assert_eq!(charges.load(SeqCst), 1);
+    assert_eq!((retry.is_replay(), retry.body), (true, first.body));
+}
