@@ -91,11 +91,16 @@ impl Replay {
             Self::AsFirst => (status, body),
             Self::WithStatus(status) => (*status, body),
             Self::Rewritten(rewrite) => {
+                let length = body.len();
                 let mut first = Response::new(body);
                 *first.status_mut() = status;
                 *first.headers_mut() = std::mem::take(headers);
                 let (parts, body) = rewrite(first, duplicate).into_parts();
                 *headers = parts.headers;
+                if body.len() != length {
+                    // It is the first answer's, or will be said anyway.
+                    headers.remove(header::CONTENT_LENGTH);
+                }
                 (parts.status, body)
             }
         }

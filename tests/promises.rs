@@ -235,3 +235,21 @@ async fn the_word_of_a_protected_service_is_not_that_of_a_handler_that_passes_it
     assert_eq!(charges.load(SeqCst), 1);
     assert_eq!((retry.is_replay(), retry.body), (true, first.body));
 }
+
+// ---- replays
+
+#[tokio::test(start_paused = true)]
+async fn a_replay_that_is_made_anew_does_not_announce_the_length_of_the_first_answer() {
+    let layer = IdempotencyLayer::new(MemoryStore::new())
+        .replay_as(|first, _| first.map(|_| Bytes::from_static(b"a conflict, which is longer")));
+    let app = answering(&open(), layer, |_, _, _| {
+        ([(header::CONTENT_LENGTH, "4")], "paid").into_response()
+    });
+    assert_eq!(call(&app, keyed("k", "a")).await.header("content-length"), Some("4"));
+    let replay = call(&app, keyed("k", "a")).await;
+    assert_eq!(replay.body, "a conflict, which is longer");
+    assert!(
+        [None, Some("27")].contains(&replay.header("content-length")),
+        "{replay:?}"
+    );
+}
