@@ -253,3 +253,34 @@ async fn a_replay_that_is_made_anew_does_not_announce_the_length_of_the_first_an
         "{replay:?}"
     );
 }
+
+// ---- scopes
+
+#[tokio::test(start_paused = true)]
+async fn credentials_that_are_written_in_another_way_are_of_the_same_caller_or_refused() {
+    let control = open();
+    let layer = IdempotencyLayer::new(MemoryStore::new()).scope_authorization("Signed", ["id"]);
+    let app = pay(&control, layer);
+    let nonce = AtomicU64::new(0);
+    let mut statuses = Vec::new();
+    for lines in [
+        &["Signed id=m1,nonce="][..],
+        &["Signed\tid=m1,nonce="],
+        &["signed  id=\"m1\" , nonce="],
+        &["Basic eA==", "Signed id=m1,nonce="],
+        &["Signed id=m1,nonce=", "Basic eA=="],
+    ] {
+        let mut request = keyed("k", "a");
+        for line in lines {
+            let line = match line.ends_with("nonce=") {
+                true => format!("{line}{}", nonce.fetch_add(1, Relaxed)),
+                false => (*line).to_owned(),
+            };
+            let value = HeaderValue::try_from(line).unwrap();
+            request.headers_mut().append(header::AUTHORIZATION, value);
+        }
+        statuses.push(call(&app, request).await.status.as_u16());
+    }
+    assert_eq!(control.runs(), 1, "a nonce makes no other caller: {statuses:?}");
+    assert_eq!(statuses, [201, 201, 201, 400, 400]);
+}
