@@ -16,7 +16,7 @@ use std::{
 
 use serde::{
     Deserializer,
-    de::{DeserializeSeed, Error, MapAccess, SeqAccess, Visitor},
+    de::{DeserializeSeed, Error, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
 pub(crate) use self::{
@@ -74,6 +74,16 @@ struct Numbers<'a> {
 }
 
 impl<'a> Numbers<'a> {
+    /// Whether a name that the reader gave is none of the text's. Where another crate of the build turns serde_json's
+    /// feature `arbitrary_precision` on, a number comes as an object with one member, of a name of serde_json's making;
+    /// an object of the text may have that name, too.
+    fn made_up(&self, name: &Cow<'_, str>) -> bool {
+        match name {
+            Cow::Borrowed(name) => !self.text.as_bytes().as_ptr_range().contains(&name.as_ptr()),
+            Cow::Owned(_) => false,
+        }
+    }
+
     /// The next one. Called whenever the reader has read one, so that the text before it is known to be JSON.
     fn next(&self) -> &'a str {
         let bytes = self.text.as_bytes();
@@ -163,6 +173,10 @@ impl<'a> Visitor<'a> for Seed<'_, 'a> {
     fn visit_map<A: MapAccess<'a>>(self, mut members: A) -> Result<Json<'a>, A::Error> {
         let mut object = Vec::new();
         while let Some(name) = members.next_key_seed(Name)? {
+            if self.0.made_up(&name) {
+                members.next_value::<IgnoredAny>()?;
+                return self.number();
+            }
             object.push((name, members.next_value_seed(self)?));
         }
         object.sort_by(|(one, _), (other, _)| utf16_order(one, other));
@@ -244,6 +258,24 @@ mod tests {
         assert_eq!(inner.member("3"), Some(&Json::String("4\\".into())));
         assert_eq!(json.member("d"), Some(&Json::Number("6")));
         assert_eq!(json.member("e"), None);
+    }
+
+    #[test]
+    fn a_number_is_one_too_where_the_reader_hands_it_over_as_an_object() {
+        use serde::de::value::{BorrowedStrDeserializer, MapDeserializer};
+
+        const NAME: &str = "$serde_json::private::Number";
+        let written = |text: &'static str, name: &'static str| {
+            let numbers = Numbers { text, at: Cell::new(0) };
+            let name = BorrowedStrDeserializer::<serde_json::Error>::new(name);
+            Seed(&numbers).visit_map(MapDeserializer::new([(name, "1.50")].into_iter()))
+        };
+        assert_eq!(written("[1.50]", NAME).unwrap(), Json::Number("1.50"));
+        assert!(written("[1e999]", NAME).is_err());
+        let text = r#"{"$serde_json::private::Number":"1.50"}"#;
+        let object = Json::Object(vec![(NAME.into(), Json::String("1.50".into()))]);
+        assert_eq!(written(text, &text[2..30]).unwrap(), object, "an object of the text");
+        assert_eq!(Json::parse(text.as_bytes()).unwrap(), object);
     }
 
     #[test]
