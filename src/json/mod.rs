@@ -77,11 +77,8 @@ impl<'a> Numbers<'a> {
     /// Whether a name that the reader gave is none of the text's. Where another crate of the build turns serde_json's
     /// feature `arbitrary_precision` on, a number comes as an object with one member, of a name of serde_json's making;
     /// an object of the text may have that name, too.
-    fn made_up(&self, name: &Cow<'_, str>) -> bool {
-        match name {
-            Cow::Borrowed(name) => !self.text.as_bytes().as_ptr_range().contains(&name.as_ptr()),
-            Cow::Owned(_) => false,
-        }
+    fn made_up(&self, name: &str) -> bool {
+        !self.text.as_bytes().as_ptr_range().contains(&name.as_ptr())
     }
 
     /// The next one. Called whenever the reader has read one, so that the text before it is known to be JSON.
@@ -173,7 +170,7 @@ impl<'a> Visitor<'a> for Seed<'_, 'a> {
     fn visit_map<A: MapAccess<'a>>(self, mut members: A) -> Result<Json<'a>, A::Error> {
         let mut object = Vec::new();
         while let Some(name) = members.next_key_seed(Name)? {
-            if self.0.made_up(&name) {
+            if matches!(name, Cow::Borrowed(name) if self.0.made_up(name)) {
                 members.next_value::<IgnoredAny>()?;
                 return self.number();
             }
