@@ -134,15 +134,17 @@ where
             return Ran::NotReady(error);
         }
         let is_head = request.method() == Method::HEAD;
-        let (parts, body) = match service.call(request).await {
+        let (mut parts, body) = match service.call(request).await {
             Ok(response) => response.into_parts(),
             Err(error) => return Ran::Failed(error),
         };
+        // Taken out: what it says is said to this layer, and not to one around a handler that passes the answer on.
+        let word = parts.extensions.remove::<Keep>();
         let status = || grpc::http_status(&parts.headers).unwrap_or(parts.status);
-        let retention = match parts.extensions.get() {
+        let retention = match word {
             Some(Keep::Nothing) => return Ran::NotExecuted(parts, body),
             Some(Keep::OnlyTheFact) => return Ran::Stream(parts, body, policy.kept_for()),
-            Some(Keep::AnswerFor(retention)) => *retention,
+            Some(Keep::AnswerFor(retention)) => retention,
             Some(Keep::Answer) => policy.kept_for(),
             None if policy.store_when.holds(status()) => policy.kept_for(),
             None => return Ran::NotExecuted(parts, body),

@@ -4,6 +4,8 @@
 //! attempt at the same operation left behind is taken over, and what another operation holds is never touched. Each of
 //! the others is kept with the name of the operation in place of a fingerprint.
 
+use tokio::time::Instant;
+
 use crate::{
     error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
@@ -19,7 +21,7 @@ pub(crate) async fn claim_others(guard: &Guard, claim: &Claim, others: &[RecordI
     let operation = guard.lease().id;
     let beside = Fingerprint::beside(&operation);
     let claim = Claim::new(beside, claim.owner, claim.lease, claim.retention);
-    let mut confirmed = true;
+    let (start, mut confirmed) = (Instant::now(), true);
     for id in others {
         match claim_one(guard, id, claim.clone()).await {
             Ok(One::Claimed) => {}
@@ -30,14 +32,15 @@ pub(crate) async fn claim_others(guard: &Guard, claim: &Claim, others: &[RecordI
             }
         }
     }
-    if !confirmed {
+    // So many claims, or so slow ones, that the operation's own record may have been lost meanwhile.
+    if !confirmed || start.elapsed() > claim.lease / 2 {
         confirm(guard, &claim).await?;
     }
     Ok(())
 }
 
-/// One of the keys was completed: by an attempt that was lost before this one, or by one that this attempt was lost to.
-/// Only in the first case does the operation's own record still belong to this attempt.
+/// Whether the operation's own record still belongs to this attempt. Where one of the other keys was completed, it was by
+/// an attempt that was lost before this one, or by one that this attempt was lost to.
 async fn confirm(guard: &Guard, claim: &Claim) -> Result<(), Rejection> {
     let shared = guard.shared();
     match shared.call(shared.store.renew(&guard.lease(), claim.lease)).await {

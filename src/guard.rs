@@ -108,7 +108,7 @@ impl Guard {
         .await
     }
 
-    /// Returns only when the lease is lost.
+    /// Returns only when the lease of the operation's own record is lost.
     async fn renew_while_held(&self) {
         let length = self.shared.policy.lease;
         let mut pause = length / 3;
@@ -118,11 +118,14 @@ impl Guard {
             for lease in [self.lease].into_iter().chain(self.others()) {
                 match self.shared.call(self.shared.store.renew(&lease, length)).await {
                     Ok(()) => {}
-                    Err(error) if error.kind() == StoreErrorKind::Fenced => {
+                    Err(error) if error.kind() == StoreErrorKind::Fenced && lease == self.lease => {
                         let Lease { id, fence, .. } = lease;
                         tracing::warn!(record = %id, fence, "the lease was lost while the handler ran");
                         return;
                     }
+                    // It was ended just now, or somebody removed it. The operation's own record keeps others from
+                    // running it, and is renewed on.
+                    Err(error) if error.kind() == StoreErrorKind::Fenced => {}
                     Err(_) => pause = (length / 12).max(Duration::from_millis(1)),
                 }
             }
@@ -132,13 +135,34 @@ impl Guard {
     /// Tells the store how the attempt ended. Where the store does not answer, a task goes on trying.
     pub(crate) async fn settle(mut self, outcome: Outcome) {
         // The operation's own record last: whoever finds it ended finds the others ended, too.
-        for other in self.others() {
-            settle_one(&self.shared, other, outcome.beside(&other)).await;
+        if self.last_other().is_some() {
+            // Many calls may take longer than a lease.
+            self.hold(Box::pin(self.settle_others(&outcome))).await;
         }
         let outcome = outcome.of_attempt(&self.lease);
         self.count(&outcome);
         settle_one(&self.shared, self.lease, outcome).await;
         self.settled = true;
+    }
+
+    async fn settle_others(&self, outcome: &Outcome) {
+        let mut store_answers = true;
+        while let Some(other) = self.last_other() {
+            let outcome = outcome.beside(&other);
+            if store_answers {
+                store_answers = settle_one(&self.shared, other, outcome).await;
+            } else {
+                // Nobody waits for a silent store once for each key.
+                settle_later(&self.shared, other, outcome);
+            }
+            // Only now: until here a panic of the store leaves it to the guard.
+            self.others.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        }
+    }
+
+    fn last_other(&self) -> Option<Lease> {
+        let others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        others.last().copied()
     }
 
     fn count(&self, outcome: &Outcome) {
@@ -195,11 +219,18 @@ impl Outcome {
     }
 }
 
-async fn settle_one(shared: &Arc<Shared>, lease: Lease, outcome: Outcome) {
+/// Whether the store answered.
+async fn settle_one(shared: &Arc<Shared>, lease: Lease, outcome: Outcome) -> bool {
     match apply(shared, &lease, &outcome).await {
-        Ok(()) => {}
-        Err(error) if error.is_retryable() => settle_later(shared, lease, outcome),
-        Err(error) => report(shared, &lease, &error),
+        Ok(()) => true,
+        Err(error) if error.is_retryable() => {
+            settle_later(shared, lease, outcome);
+            false
+        }
+        Err(error) => {
+            report(shared, &lease, &error);
+            true
+        }
     }
 }
 

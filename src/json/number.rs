@@ -45,8 +45,17 @@ impl Decimal {
     }
 }
 
+/// Whether a double says it all at a glance: what has at most 15 digits and no exponent is what its double is written
+/// as.
+fn is_short(written: &str) -> bool {
+    written.len() <= 15
+        && written
+            .bytes()
+            .all(|byte| byte.is_ascii_digit() || b"-.".contains(&byte))
+}
+
 pub(super) fn is_in_range(written: &str) -> bool {
-    Decimal::parse(written).is_some() && nearest(written).is_finite()
+    (is_short(written) && !written.is_empty()) || Decimal::parse(written).is_some() && nearest(written).is_finite()
 }
 
 /// The double that every JSON reader takes the number for.
@@ -56,6 +65,9 @@ pub(super) fn nearest(written: &str) -> f64 {
 
 /// The number's exact value, unless it is the one that its double is written as: then the double says it all.
 pub(super) fn beyond_double(written: &str) -> Option<String> {
+    if is_short(written) {
+        return None;
+    }
     let exact = Decimal::parse(written)?;
     let double = Decimal::parse(&format!("{:e}", nearest(written)));
     (double.as_ref() != Some(&exact)).then(|| exact.to_text())
@@ -107,6 +119,23 @@ mod tests {
             "12345678901234567890",
         ] {
             assert!(beyond_double(exact).is_some(), "{exact}");
+        }
+    }
+
+    #[test]
+    fn what_is_taken_at_a_glance_is_what_a_second_look_says() {
+        for number in 0..20_000_u64 {
+            let digits = (number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 8) % 10_u64.pow(1 + (number % 14) as u32);
+            let whole = digits.to_string();
+            let point = (number as usize / 14) % (whole.len() + 1);
+            for written in [
+                format!("-{whole}"),
+                format!("{}.{}", &whole[..point], &whole[point..]),
+                format!("0.{:0>12}", &whole[point..]),
+            ] {
+                let (exact, double) = (Decimal::parse(&written), format!("{:e}", nearest(&written)));
+                assert!(!is_short(&written) || exact == Decimal::parse(&double), "{written}");
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use proptest::{collection, prelude::*, sample::Index};
 
-use super::{Json, Pointer, digest};
+use super::{Json, Pointer, canonical::canonical_text, digest};
 
 #[derive(Clone, Debug, PartialEq)]
 enum Value {
@@ -285,6 +285,14 @@ proptest! {
             let found = pointer.find(&json)[0].unwrap();
             prop_assert_eq!(digest(found).unwrap(), digest_of(&written(child, 0)));
         }
+    }
+
+    #[test]
+    fn the_text_is_the_one_that_another_writer_of_rfc_8785_makes(value in value(), form in any::<u64>()) {
+        let text = written(&value, form);
+        let theirs: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let theirs = serde_json_canonicalizer::to_string(&theirs).unwrap();
+        prop_assert_eq!(canonical_text(&Json::parse(text.as_bytes()).unwrap()), theirs);
     }
 
     #[test]

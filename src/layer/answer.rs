@@ -96,14 +96,24 @@ impl IdempotencyLayer {
 
     /// The status of replays, in place of the first answer's: some APIs tell by a 409 that the answer is an old one.
     /// In place of [`replay_as`](Self::replay_as). Default: the first answer's.
+    ///
+    /// # Panics
+    /// If an answer of this status has no body: 1xx, 204, 205 and 304.
     #[must_use]
     pub fn replay_status(self, status: StatusCode) -> Self {
+        let has_body = !status.is_informational() && !matches!(status.as_u16(), 204 | 205 | 304);
+        assert!(
+            has_body,
+            "an answer of status {status} has no body, so it cannot be the first one's"
+        );
         self.set(|policy| policy.replay = Replay::WithStatus(status))
     }
 
     /// Makes what a duplicate gets out of the first answer and the duplicate's head. Trailers stay as they were; the
     /// [marker](Self::replay_marker) is added afterwards. In place of [`replay_status`](Self::replay_status). The
-    /// closure runs for every replay, and what it makes is not stored. Default: the first answer.
+    /// closure runs for every replay, and what it makes is not stored; another body may need another
+    /// `Content-Encoding` and `ETag` than the first answer's, which are in what the closure gets. Default: the first
+    /// answer.
     #[must_use]
     pub fn replay_as(
         self,

@@ -16,7 +16,7 @@ pub(super) fn parameters<'h>(value: &'h HeaderValue, scheme: &str) -> Option<Opt
             .is_some_and(|start| start.eq_ignore_ascii_case(scheme.as_bytes()))
             .then_some(None);
     };
-    let (found, rest) = text.trim().split_once(' ').unwrap_or((text.trim(), ""));
+    let (found, rest) = text.trim().split_once([' ', '\t']).unwrap_or((text.trim(), ""));
     found.eq_ignore_ascii_case(scheme).then(|| read(rest))
 }
 

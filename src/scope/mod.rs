@@ -192,13 +192,12 @@ fn whole_authorization(id: &mut IdHasher, parts: &Parts) {
 /// make every retry a new operation.
 fn parameters(id: &mut IdHasher, parts: &Parts, scheme: &str, names: &[Box<str>]) -> Result<(), Rejection> {
     let unclear = |what: String| nobody().with_detail(what);
-    let mut lines = parts.headers.get_all(header::AUTHORIZATION).iter();
-    let (first, second) = (lines.next(), lines.next());
-    let Some(found) = first.and_then(|value| authorization::parameters(value, scheme)) else {
+    let lines = parts.headers.get_all(header::AUTHORIZATION);
+    let Some(found) = lines.iter().find_map(|value| authorization::parameters(value, scheme)) else {
         whole_authorization(id, parts);
         return Ok(());
     };
-    if second.is_some() {
+    if lines.iter().nth(1).is_some() {
         return Err(unclear("the header `authorization` was sent more than once".to_owned()));
     }
     let found = found.ok_or_else(|| unclear(format!("the parameters of the scheme {scheme} cannot be read")))?;

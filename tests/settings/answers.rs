@@ -50,6 +50,17 @@ fn linked(layer: IdempotencyLayer) -> IdempotencyLayer {
     })
 }
 
+#[test]
+fn a_status_without_a_body_is_none_for_replays() {
+    for status in [100, 204, 205, 304] {
+        let status = StatusCode::from_u16(status).unwrap();
+        assert!(
+            std::panic::catch_unwind(|| layer().1.replay_status(status)).is_err(),
+            "{status}"
+        );
+    }
+}
+
 #[tokio::test]
 async fn a_replay_may_be_made_out_of_the_first_answer_and_the_duplicate() {
     let (_, layer) = layer();
