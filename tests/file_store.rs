@@ -1,5 +1,5 @@
 //! The file store: the contract, and what it promises beside it.
-#![cfg(feature = "file")]
+#![cfg(all(feature = "file", feature = "testing"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;

@@ -7,4 +7,6 @@ pub mod browser;
 pub mod demo;
 pub mod faulty;
 pub mod http;
+#[cfg(all(feature = "file", feature = "testing"))]
+pub mod medium;
 pub mod serve;

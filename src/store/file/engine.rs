@@ -137,10 +137,29 @@ impl From<Broken> for StoreError {
 /// Set once, for good.
 pub(super) type BrokenCell = OnceLock<Broken>;
 
+/// How redb is used.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Settings {
+    pub(super) cache_bytes: usize,
+    pub(super) verify: bool,
+    pub(super) quick_recovery: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            cache_bytes: 128 << 20,
+            verify: false,
+            quick_recovery: false,
+        }
+    }
+}
+
 /// Opens what is on the medium, or begins anew on an empty one. Recovers what a crash left, which reads all of it.
-pub(super) fn start(backend: &Backend, cache_bytes: usize) -> Result<Database, DatabaseError> {
+pub(super) fn start(backend: &Backend, settings: &Settings) -> Result<Database, DatabaseError> {
     let mut builder = Database::builder();
-    builder.set_cache_size(cache_bytes);
+    builder.set_cache_size(settings.cache_bytes);
+    builder.set_check_integrity_on_open(settings.verify);
     // A file that something else has changed may lead its reader anywhere.
     catch_unwind(AssertUnwindSafe(|| builder.create_with_backend(backend.clone())))
         .unwrap_or_else(|_| Err(StorageError::Corrupted("its pages do not fit together".to_owned()).into()))
@@ -165,13 +184,12 @@ pub(super) fn write_stamp(transaction: &WriteTransaction, stamp: &Stamp) -> Resu
 
 /// What the last run left, after a look at whose file it is.
 pub(super) fn read_stamp(database: &Database, path: &Path) -> Result<Stamp, FileStoreError> {
-    let error = |kind, source: redb::Error| FileStoreError::new(kind, path, source);
-    let failed = |source| error(FileStoreErrorKind::Damaged, source);
+    let failed = |source| unreadable(path, source);
     let transaction = database.begin_read().map_err(|source| failed(source.into()))?;
     let about = match transaction.open_table(ABOUT) {
         Ok(about) => about,
         Err(TableError::Storage(source)) => return Err(failed(source.into())),
-        Err(source) => return Err(error(FileStoreErrorKind::NotAStore, source.into())),
+        Err(source) => return Err(FileStoreError::new(FileStoreErrorKind::NotAStore, path, source)),
     };
     let value = |key| about.get(key).map_err(|source| failed(source.into()));
     let format = value(FORMAT)?;
@@ -213,11 +231,26 @@ pub(super) fn read_stamp(database: &Database, path: &Path) -> Result<Stamp, File
     })
 }
 
+/// Why a file that is open cannot be used, in the words of a store.
+pub(super) fn unreadable(path: &Path, error: redb::Error) -> FileStoreError {
+    match error {
+        redb::Error::Io(error) => FileStoreError::io(path, error),
+        redb::Error::Corrupted(_) | redb::Error::TableDoesNotExist(_) => {
+            FileStoreError::new(FileStoreErrorKind::Damaged, path, error)
+        }
+        error => FileStoreError::new(FileStoreErrorKind::Failed, path, error),
+    }
+}
+
 /// Why a database did not open, in the words of a store.
 pub(super) fn not_opened(path: &Path, error: DatabaseError) -> FileStoreError {
     match error {
         DatabaseError::Storage(StorageError::Io(error)) if error.kind() == io::ErrorKind::InvalidData => {
             FileStoreError::new(FileStoreErrorKind::NotAStore, path, error)
+        }
+        // Where a page should be there is no more file.
+        DatabaseError::Storage(StorageError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            FileStoreError::new(FileStoreErrorKind::Damaged, path, error)
         }
         DatabaseError::Storage(StorageError::Io(error)) => FileStoreError::io(path, error),
         DatabaseError::DatabaseAlreadyOpen => FileStoreError::new(FileStoreErrorKind::InUse, path, error),

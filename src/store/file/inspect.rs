@@ -10,7 +10,7 @@ use super::{
     batch::{RECORDS, decode},
     clock::{Opening, StoreTime, SystemClock},
     engine::{self, Backend},
-    error::{FileStoreError, FileStoreErrorKind},
+    error::FileStoreError,
     frame::{NEVER, State},
     open,
 };
@@ -64,9 +64,10 @@ impl FileStore {
         std::fs::metadata(path).map_err(|source| FileStoreError::io(path, source))?;
         let opening = Opening::now(Arc::new(SystemClock::new()));
         let backend = Backend::new(Arc::new(open::disk(path, &opening.stamp())?));
-        let database = engine::start(&backend, 32 << 20).map_err(|source| engine::not_opened(path, source))?;
+        let database =
+            engine::start(&backend, &engine::Settings::default()).map_err(|source| engine::not_opened(path, source))?;
         let now = StoreTime::resume(&engine::read_stamp(&database, path)?, opening).now();
-        let failed = |source: redb::Error| FileStoreError::new(FileStoreErrorKind::Failed, path, source);
+        let failed = |source| engine::unreadable(path, source);
         let snapshot = database.begin_read().map_err(|source| failed(source.into()))?;
         let records = snapshot.open_table(RECORDS).map_err(|source| failed(source.into()))?;
         for entry in records.iter().map_err(|source| failed(source.into()))? {

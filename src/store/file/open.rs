@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     clock::Stamp,
-    engine::{Backend, initialise, not_opened, start},
+    engine::{Backend, Settings, initialise, not_opened, start, unreadable},
     error::{FileStoreError, FileStoreErrorKind},
     medium::Disk,
 };
@@ -69,8 +69,8 @@ fn make(path: &Path, first: &Stamp) -> Result<(), FileStoreError> {
     // What a crash left; only whoever holds the lock may cut it.
     file.set_len(0).map_err(error)?;
     let backend = Backend::new(Arc::new(Disk::new(file, beside(path, ".spare"))));
-    let database = start(&backend, 1 << 20).map_err(|source| not_opened(path, source))?;
-    initialise(&database, first).map_err(|source| FileStoreError::new(FileStoreErrorKind::Failed, path, source))?;
+    let database = start(&backend, &Settings::default()).map_err(|source| not_opened(path, source))?;
+    initialise(&database, first).map_err(|source| unreadable(path, source))?;
     database
         .close()
         .map_err(|source| FileStoreError::new(FileStoreErrorKind::Failed, path, source))?;

@@ -21,7 +21,8 @@ pub(super) struct BeginJob {
     pub(super) claim: Claim,
     /// The store's time when it was asked for.
     pub(super) asked: Time,
-    pub(super) answer: Answer<Begin>,
+    /// Taken by whoever answers.
+    pub(super) answer: Option<Answer<Begin>>,
 }
 
 /// A change to a record in progress, by its owner.
@@ -37,6 +38,21 @@ pub(super) enum Change {
     Renew(Time),
     Release,
     Abandon,
+}
+
+impl BeginJob {
+    /// Whether nobody waits for it any more.
+    pub(super) fn is_gone(&self) -> bool {
+        self.answer.as_ref().is_none_or(oneshot::Sender::is_closed)
+    }
+
+    /// Whoever asked may be gone by now. What was acquired for it is a lease that ends, and its task, which knows the
+    /// owner, may end it sooner.
+    pub(super) fn answer(&mut self, result: Result<Begin, StoreError>) {
+        if let Some(answer) = self.answer.take() {
+            let _ = answer.send(result);
+        }
+    }
 }
 
 pub(super) type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
@@ -84,6 +100,8 @@ pub(super) struct Queue<T> {
 
 struct State<T> {
     jobs: VecDeque<T>,
+    /// Whether the one who takes has nothing to do.
+    idle: bool,
     closed: bool,
 }
 
@@ -92,6 +110,7 @@ struct State<T> {
 pub(super) enum Refused {
     Closed,
     TooMany,
+    Busy,
 }
 
 impl<T: Weigh> Queue<T> {
@@ -99,6 +118,7 @@ impl<T: Weigh> Queue<T> {
         Self {
             state: Mutex::new(State {
                 jobs: VecDeque::new(),
+                idle: false,
                 closed: false,
             }),
             filled: Condvar::new(),
@@ -112,7 +132,20 @@ impl<T: Weigh> Queue<T> {
 
     /// A job that is not taken is given back.
     pub(super) fn put(&self, job: T) -> Result<(), (Refused, T)> {
-        let mut state = self.lock();
+        let state = self.lock();
+        self.put_into(state, job)
+    }
+
+    /// Only if somebody waits for it and nothing is before it.
+    pub(super) fn put_if_idle(&self, job: T) -> Result<(), (Refused, T)> {
+        let state = self.lock();
+        if !state.idle || !state.jobs.is_empty() {
+            return Err((Refused::Busy, job));
+        }
+        self.put_into(state, job)
+    }
+
+    fn put_into(&self, mut state: MutexGuard<'_, State<T>>, job: T) -> Result<(), (Refused, T)> {
         if state.closed {
             return Err((Refused::Closed, job));
         }
@@ -139,7 +172,9 @@ impl<T: Weigh> Queue<T> {
             if state.closed {
                 return false;
             }
+            state.idle = true;
             state = self.filled.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.idle = false;
         }
         if state.jobs.len() < expected && !patience.is_zero() {
             let until = Instant::now() + patience;

@@ -17,10 +17,7 @@ use super::{
     look::{Found, look},
     queue::{BeginJob, WriteJob},
 };
-use crate::{
-    error::{StoreError, StoreErrorKind},
-    record::Begin,
-};
+use crate::{error::StoreError, record::Begin};
 
 /// A read that waits for the medium holds up only what another thread does not take.
 pub(super) const READERS: usize = 2;
@@ -52,7 +49,7 @@ fn answer_all(shared: &Shared, jobs: Vec<BeginJob>) {
     match error {
         Some(error) => {
             let broken = shared.fail(Some(Arc::new(error)));
-            left.for_each(|job| drop(job.answer.send(Err(broken.clone().into()))));
+            left.for_each(|mut job| job.answer(Err(broken.clone().into())));
         }
         None => left.for_each(|job| hand_on(shared, job)),
     }
@@ -62,8 +59,8 @@ fn answer_all(shared: &Shared, jobs: Vec<BeginJob>) {
 fn look_up(shared: &Shared, database: &Database, jobs: &mut impl Iterator<Item = BeginJob>) -> Result<(), redb::Error> {
     let snapshot = database.begin_read()?;
     let records = snapshot.open_table(RECORDS)?;
-    for job in jobs {
-        if job.answer.is_closed() {
+    for mut job in jobs {
+        if job.is_gone() {
             continue;
         }
         let stored = match records.get(job.id.as_bytes()) {
@@ -71,7 +68,7 @@ fn look_up(shared: &Shared, database: &Database, jobs: &mut impl Iterator<Item =
             Err(error) => {
                 let error = Arc::new(redb::Error::from(error));
                 let broken = shared.fail(Some(error));
-                drop(job.answer.send(Err(broken.into())));
+                job.answer(Err(broken.into()));
                 continue;
             }
         };
@@ -81,8 +78,8 @@ fn look_up(shared: &Shared, database: &Database, jobs: &mut impl Iterator<Item =
             .transpose();
         match result.map(Option::flatten) {
             Ok(None) => hand_on(shared, job),
-            Ok(Some(begin)) => drop(job.answer.send(Ok(begin))),
-            Err(error) => drop(job.answer.send(Err(error))),
+            Ok(Some(begin)) => job.answer(Ok(begin)),
+            Err(error) => job.answer(Err(error)),
         }
     }
     Ok(())
@@ -108,7 +105,7 @@ fn find(shared: &Shared, job: &BeginJob, stored: &[u8]) -> Result<Option<Begin>,
 }
 
 fn hand_on(shared: &Shared, job: BeginJob) {
-    if let Err((_, WriteJob::Begin(job))) = shared.writes.put(WriteJob::Begin(job)) {
-        let _ = job.answer.send(Err(StoreErrorKind::Unavailable.into()));
+    if let Err((why, WriteJob::Begin(mut job))) = shared.writes.put(WriteJob::Begin(job)) {
+        job.answer(Err(shared.refusal(why)));
     }
 }

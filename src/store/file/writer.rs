@@ -16,7 +16,7 @@ use super::{
     engine::{Backend, Broken, Failed, start, write_stamp},
     frame::Time,
     listeners::Wake,
-    queue::{Answer, Change, ChangeJob, MAX_BATCH, WriteJob},
+    queue::{Change, ChangeJob, MAX_BATCH, WriteJob},
 };
 use crate::{
     error::{StoreError, StoreErrorKind},
@@ -102,14 +102,14 @@ impl Writer {
         shared.closed.send_replace(true);
     }
 
-    fn batch(&mut self, jobs: Vec<WriteJob>) {
+    fn batch(&mut self, mut jobs: Vec<WriteJob>) {
         if let Some(broken) = self.shared.broken.get() {
             return refuse(jobs, || broken.clone().into());
         }
         self.now = jobs.iter().map(asked).fold(self.now, Time::max);
         self.try_to_recover();
         let result = match &*self.shared.database() {
-            Some(database) => apply(self.now, self.stamped, self.room, &self.shared, database, &jobs),
+            Some(database) => apply(self.now, self.stamped, self.room, &self.shared, database, &mut jobs),
             None => return refuse(jobs, || StoreErrorKind::Unavailable.into()),
         };
         match result {
@@ -156,7 +156,7 @@ impl Writer {
         let mut database = self.shared.database_mut();
         drop(database.take());
         self.backend.take_failure();
-        match start(&self.backend, self.shared.cache_bytes) {
+        match start(&self.backend, &self.shared.settings) {
             Ok(opened) => *database = Some(opened),
             Err(error) if self.backend.take_failure() == Some(Failed::Full) => {
                 tracing::warn!(%error, "the disk is full: the idempotency store cannot be opened");
@@ -183,10 +183,11 @@ impl Writer {
     /// Listeners first: whoever hears that a change is made can count on them to know.
     fn tell(&self, job: WriteJob, outcome: Outcome) {
         match (job, outcome) {
-            (WriteJob::Begin(job), Outcome::Begin(result)) => send(job.answer, result),
+            (WriteJob::Begin(mut job), Outcome::Begin(result)) => job.answer(result),
             (WriteJob::Change(job), Outcome::Change(result)) => {
                 let result = result.map(|kept| self.publish(&job, kept));
-                send(job.answer, result);
+                // The attempt ends the same way whether or not anybody hears of it.
+                let _ = job.answer.send(result);
             }
             _ => {}
         }
@@ -219,19 +220,35 @@ fn apply(
     room: Option<u64>,
     shared: &Shared,
     database: &Database,
-    jobs: &[WriteJob],
+    jobs: &mut [WriteJob],
 ) -> Result<Applied, redb::Error> {
-    let transaction = database.begin_write()?;
+    let mut transaction = database.begin_write()?;
+    transaction.set_quick_repair(shared.settings.quick_recovery);
     let mut outcomes = Vec::with_capacity(jobs.len());
     let mut batch = Batch::new(&transaction, shared.time.run(), room)?;
-    // First, since it makes room.
-    batch.purge(now, (jobs.len() * 2 + 8).min(MAX_PURGED))?;
+    let purged = (jobs.len() * 2 + 8).min(MAX_PURGED);
+    if room.is_some() {
+        // First: it makes room.
+        batch.purge(now, purged)?;
+    }
     for job in jobs {
         outcomes.push(match job {
-            WriteJob::Begin(job) if job.answer.is_closed() => Outcome::Skipped,
-            WriteJob::Begin(job) => Outcome::Begin(batch.begin(job, now)?),
+            WriteJob::Begin(job) if job.is_gone() => Outcome::Skipped,
+            WriteJob::Begin(job) => {
+                let result = batch.begin(job, now)?;
+                if batch.changed() {
+                    Outcome::Begin(result)
+                } else {
+                    // It saw nothing but what is durable, and changed nothing: no sync has to come before its answer.
+                    job.answer(result);
+                    Outcome::Skipped
+                }
+            }
             WriteJob::Change(job) => Outcome::Change(batch.change(job, now)?),
         });
+    }
+    if room.is_none() && batch.changed() {
+        batch.purge(now, purged)?;
     }
     let (changed, room) = (batch.changed(), batch.room());
     drop(batch);
@@ -262,14 +279,8 @@ fn asked(job: &WriteJob) -> Time {
 fn refuse(jobs: Vec<WriteJob>, error: impl Fn() -> StoreError) {
     for job in jobs {
         match job {
-            WriteJob::Begin(job) => send(job.answer, Err(error())),
-            WriteJob::Change(job) => send(job.answer, Err(error())),
+            WriteJob::Begin(mut job) => job.answer(Err(error())),
+            WriteJob::Change(job) => drop(job.answer.send(Err(error()))),
         }
     }
-}
-
-/// Whoever asked may be gone by now. What was acquired for it is a lease that ends, and its task, which knows the owner,
-/// may end it sooner.
-fn send<T>(answer: Answer<T>, result: Result<T, StoreError>) {
-    let _ = answer.send(result);
 }
