@@ -4,7 +4,7 @@ use std::{
     collections::HashSet,
     io::{self, ErrorKind},
     sync::{
-        Arc, Mutex,
+        Arc, Condvar, Mutex,
         atomic::{AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
@@ -124,6 +124,10 @@ pub struct Failing {
     state: Arc<Mutex<FailingState>>,
     calls: Arc<AtomicU64>,
     reads: Arc<AtomicU64>,
+    writes: Arc<AtomicU64>,
+    syncs: Arc<AtomicU64>,
+    /// Closed while a test wants syncs to take their time.
+    gate: Arc<(Mutex<bool>, Condvar)>,
 }
 
 #[derive(Debug)]
@@ -162,6 +166,9 @@ impl Default for Failing {
             state: Arc::new(Mutex::new(state)),
             calls: Arc::default(),
             reads: Arc::default(),
+            writes: Arc::default(),
+            syncs: Arc::default(),
+            gate: Arc::new((Mutex::new(false), Condvar::new())),
         }
     }
 }
@@ -214,11 +221,29 @@ impl Failing {
         self.reads.load(SeqCst)
     }
 
+    pub fn writes(&self) -> u64 {
+        self.writes.load(SeqCst)
+    }
+
+    /// Syncs that were begun.
+    pub fn syncs(&self) -> u64 {
+        self.syncs.load(SeqCst)
+    }
+
+    /// No sync returns until this is undone.
+    pub fn block_syncs(&self, block: bool) {
+        *self.gate.0.lock().unwrap() = block;
+        self.gate.1.notify_all();
+    }
+
     fn enter(&self, kind: Calls) -> io::Result<std::sync::MutexGuard<'_, FailingState>> {
         self.calls.fetch_add(1, SeqCst);
-        if kind == Calls::Reads {
-            self.reads.fetch_add(1, SeqCst);
-        }
+        match kind {
+            Calls::Reads => self.reads.fetch_add(1, SeqCst),
+            Calls::Writes => self.writes.fetch_add(1, SeqCst),
+            Calls::Syncs => self.syncs.fetch_add(1, SeqCst),
+            Calls::All => 0,
+        };
         let mut state = self.state.lock().unwrap();
         if let Some((calls, after)) = &mut state.fail {
             if *calls == Calls::All || *calls == kind {
@@ -275,7 +300,10 @@ impl Medium for Failing {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.enter(Calls::Syncs).map(drop)
+        drop(self.enter(Calls::Syncs)?);
+        let blocked = self.gate.0.lock().unwrap();
+        drop(self.gate.1.wait_while(blocked, |blocked| *blocked).unwrap());
+        Ok(())
     }
 
     fn hold(&self, bytes: u64) -> io::Result<()> {
