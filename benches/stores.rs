@@ -32,13 +32,16 @@ use tower_idempotency::{
 
 type Opening = Pin<Box<dyn Future<Output = AnyStore>>>;
 
+/// Two durable writes.
+type Cycle = Box<dyn FnMut()>;
+
 /// One store to be measured, and what it stands on. Another store is another of these in [`contestants`].
 struct Contestant {
     name: &'static str,
     /// A new, empty store.
     open: Box<dyn Fn(&Path) -> Opening>,
     /// Two durable writes in a row on what the store stands on.
-    floor: Option<Box<dyn Fn(&Path) -> Box<dyn FnMut()>>>,
+    floor: Option<Box<dyn Fn(&Path) -> Cycle>>,
 }
 
 fn contestants() -> Vec<Contestant> {
@@ -64,7 +67,7 @@ fn contestants() -> Vec<Contestant> {
     ]
 }
 
-fn floor(disk: Disk) -> Box<dyn FnMut()> {
+fn floor(disk: Disk) -> Cycle {
     disk.set_len(1 << 20).unwrap();
     let page = [1; 4096];
     let mut at = 0;

@@ -32,11 +32,22 @@ pub fn program() -> PathBuf {
 }
 
 impl Demo {
-    /// Starts the server on a free port and waits until it says that it is ready.
+    /// Starts the server on a free port and waits until it says that it is ready. Without a store among the options it has
+    /// one in memory: the default one belongs to whoever runs the tests.
     pub fn start(options: &[&str]) -> Self {
-        let mut child = Command::new(program())
-            .args(["--listen", "127.0.0.1:0"])
-            .args(options)
+        let store: &[&str] = if options.contains(&"--store") {
+            &[]
+        } else {
+            &["--store", "memory"]
+        };
+        let mut command = Command::new(program());
+        command.args(["--listen", "127.0.0.1:0"]).args(store).args(options);
+        Self::run(command)
+    }
+
+    /// Starts the server as this command says.
+    pub fn run(mut command: Command) -> Self {
+        let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()

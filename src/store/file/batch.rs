@@ -1,6 +1,6 @@
 //! The transitions of the contract, each within the transaction of a batch.
 
-use redb::{ReadableTable, Table, TableDefinition, WriteTransaction};
+use redb::{ReadableTable, ReadableTableMetadata, Table, TableDefinition, WriteTransaction};
 
 use super::{
     cache::Kept,
@@ -62,6 +62,10 @@ impl<'txn> Batch<'txn> {
     /// Whether there is anything to commit.
     pub(super) fn changed(&self) -> bool {
         self.changed
+    }
+
+    pub(super) fn records(&self) -> Result<u64, redb::Error> {
+        Ok(self.records.len()?)
     }
 
     pub(super) fn room(&self) -> Option<u64> {

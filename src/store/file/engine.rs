@@ -8,7 +8,10 @@ use std::{
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
-use redb::{Database, DatabaseError, ReadableDatabase, StorageError, TableDefinition, TableError, WriteTransaction};
+use redb::{
+    Database, DatabaseError, ReadableDatabase, ReadableTableMetadata, StorageError, TableDefinition, TableError,
+    WriteTransaction,
+};
 
 use super::{
     batch::{EXPIRY, RECORDS},
@@ -180,6 +183,11 @@ pub(super) fn initialise(database: &Database, first: &Stamp) -> Result<(), redb:
 pub(super) fn write_stamp(transaction: &WriteTransaction, stamp: &Stamp) -> Result<(), redb::Error> {
     transaction.open_table(ABOUT)?.insert(TIME, &stamp.encode()[..])?;
     Ok(())
+}
+
+/// How many records there are; the tree knows.
+pub(super) fn records(transaction: &WriteTransaction) -> Result<u64, redb::Error> {
+    Ok(transaction.open_table(RECORDS)?.len()?)
 }
 
 /// What the last run left, after a look at whose file it is.

@@ -32,7 +32,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-        atomic::{AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
     thread,
     time::Duration,
@@ -116,6 +116,8 @@ struct Shared {
     /// How many threads may still hand a claim on to the writer.
     readers: AtomicUsize,
     cache: Cache,
+    /// How many there were after the last commit.
+    records: AtomicU64,
     listeners: Listeners,
     broken: BrokenCell,
     closed: watch::Sender<bool>,
@@ -223,6 +225,7 @@ impl FileStoreBuilder {
         let time = StoreTime::resume(&stamp, opening);
         // Durable before the first claim: the number of this run is never used again.
         let transaction = database.begin_write().map_err(|source| failed(source.into()))?;
+        let records = engine::records(&transaction).map_err(failed)?;
         engine::write_stamp(&transaction, &time.stamp(time.began())).map_err(failed)?;
         transaction.commit().map_err(|source| failed(source.into()))?;
         let shared = Arc::new(Shared {
@@ -234,6 +237,7 @@ impl FileStoreBuilder {
             writes: Queue::new(),
             readers: AtomicUsize::new(reader::READERS),
             cache: Cache::new(self.replay_bytes),
+            records: AtomicU64::new(records),
             listeners: Listeners::default(),
             broken: BrokenCell::new(),
             closed: watch::Sender::new(false),
@@ -283,6 +287,16 @@ impl FileStore {
         shared.reads.close();
         // It fails only if the sender is gone, and that is in `shared`.
         let _ = shared.closed.subscribe().wait_for(|closed| *closed).await;
+    }
+
+    /// How many records are held, those included that expired but were not removed yet.
+    pub fn len(&self) -> u64 {
+        self.handle.shared.records.load(SeqCst)
+    }
+
+    /// Whether no record is held.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// A replay that needs neither the file nor another thread.

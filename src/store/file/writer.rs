@@ -3,7 +3,7 @@
 use std::{
     mem,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::SeqCst},
     time::{Duration, Instant},
 };
 
@@ -250,7 +250,7 @@ fn apply(
     if room.is_none() && batch.changed() {
         batch.purge(now, purged)?;
     }
-    let (changed, room) = (batch.changed(), batch.room());
+    let (changed, room, records) = (batch.changed(), batch.room(), batch.records()?);
     drop(batch);
     let stamped = changed && now.saturating_sub(stamped) >= SECOND;
     if stamped {
@@ -259,6 +259,7 @@ fn apply(
     if changed {
         // Durable when it returns: redb syncs.
         transaction.commit()?;
+        shared.records.store(records, SeqCst);
     } else {
         transaction.abort()?;
     }
