@@ -138,6 +138,8 @@ struct FailingState {
     held: u64,
     /// What others keep on the same disk.
     others: u64,
+    /// Whether they take at once whatever is given back.
+    greedy: bool,
     room: u64,
     fail: Option<(Calls, u64)>,
 }
@@ -159,6 +161,7 @@ impl Default for Failing {
             blocks: HashSet::new(),
             held: 0,
             others: 0,
+            greedy: false,
             room: u64::MAX,
             fail: None,
         };
@@ -202,6 +205,11 @@ impl Failing {
     pub fn others_leave(&self, left: u64) {
         let mut state = self.state.lock().unwrap();
         state.others = (state.room - state.used() - state.held).saturating_sub(left);
+    }
+
+    /// From now on they take at once what the store gives back.
+    pub fn others_are_greedy(&self) {
+        self.state.lock().unwrap().greedy = true;
     }
 
     /// Such calls fail after `after` more of them, for good.
@@ -309,6 +317,9 @@ impl Medium for Failing {
     fn hold(&self, bytes: u64) -> io::Result<()> {
         let mut state = self.state.lock().unwrap();
         state.fits(bytes.saturating_sub(state.held))?;
+        if state.greedy {
+            state.others += state.held.saturating_sub(bytes);
+        }
         state.held = bytes;
         Ok(())
     }

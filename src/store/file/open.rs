@@ -58,14 +58,21 @@ fn lock(path: &Path, file: &File) -> Result<(), FileStoreError> {
 fn make(path: &Path, first: &Stamp) -> Result<(), FileStoreError> {
     let error = |source| FileStoreError::io(path, source);
     let unborn = beside(path, ".new");
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&unborn);
-    let file = file.map_err(error)?;
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false);
+    let file = options.open(&unborn).map_err(error)?;
     lock(path, &file)?;
+    // Whoever made the file held this lock until it had its name. If it has, this may be that very file.
+    if path.try_exists().map_err(error)? {
+        return fs::remove_file(&unborn).or_else(|gone| match gone.kind() {
+            ErrorKind::NotFound => Ok(()),
+            _ => Err(error(gone)),
+        });
+    }
+    // Answers are for whoever runs the server.
+    #[cfg(unix)]
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600))
+        .map_err(error)?;
     // What a crash left; only whoever holds the lock may cut it.
     file.set_len(0).map_err(error)?;
     let backend = Backend::new(Arc::new(Disk::new(file, beside(path, ".spare"))));

@@ -100,8 +100,10 @@ pub(super) struct Queue<T> {
 
 struct State<T> {
     jobs: VecDeque<T>,
-    /// Whether the one who takes has nothing to do.
+    /// Whether somebody who takes has nothing to do.
     idle: bool,
+    /// How many jobs whoever takes waits for.
+    wanted: usize,
     closed: bool,
 }
 
@@ -119,6 +121,7 @@ impl<T: Weigh> Queue<T> {
             state: Mutex::new(State {
                 jobs: VecDeque::new(),
                 idle: false,
+                wanted: 1,
                 closed: false,
             }),
             filled: Condvar::new(),
@@ -153,8 +156,11 @@ impl<T: Weigh> Queue<T> {
             return Err((Refused::TooMany, job));
         }
         state.jobs.push_back(job);
+        let enough = state.jobs.len() >= state.wanted;
         drop(state);
-        self.filled.notify_one();
+        if enough {
+            self.filled.notify_one();
+        }
         Ok(())
     }
 
@@ -178,6 +184,7 @@ impl<T: Weigh> Queue<T> {
         }
         if state.jobs.len() < expected && !patience.is_zero() {
             let until = Instant::now() + patience;
+            state.wanted = expected;
             while state.jobs.len() < expected && !state.closed {
                 let Some(left) = until.checked_duration_since(Instant::now()) else {
                     break;
@@ -185,6 +192,7 @@ impl<T: Weigh> Queue<T> {
                 let waited = self.filled.wait_timeout(state, left);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
+            state.wanted = 1;
         }
         let mut bytes = 0;
         while let Some(job) = state.jobs.front() {
