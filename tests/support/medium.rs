@@ -142,6 +142,7 @@ struct FailingState {
     greedy: bool,
     room: u64,
     fail: Option<(Calls, u64)>,
+    once: bool,
 }
 
 /// Which calls fail.
@@ -164,6 +165,7 @@ impl Default for Failing {
             greedy: false,
             room: u64::MAX,
             fail: None,
+            once: false,
         };
         Self {
             state: Arc::new(Mutex::new(state)),
@@ -217,6 +219,12 @@ impl Failing {
         self.state.lock().unwrap().fail = Some((calls, after));
     }
 
+    /// The next such call fails, and no other.
+    pub fn fail_once(&self, calls: Calls) {
+        let mut state = self.state.lock().unwrap();
+        (state.fail, state.once) = (Some((calls, 0)), true);
+    }
+
     pub fn heal(&self) {
         self.state.lock().unwrap().fail = None;
     }
@@ -256,6 +264,9 @@ impl Failing {
         if let Some((calls, after)) = &mut state.fail {
             if *calls == Calls::All || *calls == kind {
                 if *after == 0 {
+                    if state.once {
+                        state.fail = None;
+                    }
                     return Err(io::Error::other("injected"));
                 }
                 *after -= 1;
