@@ -32,8 +32,9 @@ use tower_idempotency::{
 
 type Opening = Pin<Box<dyn Future<Output = AnyStore>>>;
 
-/// Two durable writes.
+/// Two durable writes, and what makes them in a directory.
 type Cycle = Box<dyn FnMut()>;
+type Floor = Box<dyn Fn(&Path) -> Cycle>;
 
 /// One store to be measured, and what it stands on. Another store is another of these in [`contestants`].
 struct Contestant {
@@ -41,7 +42,7 @@ struct Contestant {
     /// A new, empty store.
     open: Box<dyn Fn(&Path) -> Opening>,
     /// Two durable writes in a row on what the store stands on.
-    floor: Option<Box<dyn Fn(&Path) -> Cycle>>,
+    floor: Option<Floor>,
 }
 
 fn contestants() -> Vec<Contestant> {

@@ -360,6 +360,37 @@ async fn a_disk_that_others_fill_to_the_last_byte_loses_nothing_and_recovers() {
     }
 }
 
+#[tokio::test]
+async fn where_no_room_can_be_set_aside_the_store_does_without_until_the_disk_is_full() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    medium.room(10 * MIB);
+    medium.without_spare();
+    let store = open(&medium, &clock).await.unwrap();
+    let mut kept = Vec::new();
+    let mut full = false;
+    for number in 0..400 {
+        let answer = response(number, 50_000);
+        let step = async {
+            let lease = acquire(&store, number).await?;
+            store.complete(&lease, &answer, Retention::For(DAY)).await
+        };
+        match step.await {
+            Ok(()) => kept.push(number),
+            Err(error) => full |= error.kind() == StoreErrorKind::Full,
+        }
+    }
+    assert!(kept.len() > 50 && full, "{} were kept", kept.len());
+    for number in &kept {
+        assert!(
+            is_completed(&store, *number, &response(*number, 50_000)).await,
+            "{number} was lost"
+        );
+    }
+    medium.room(100 * MIB);
+    clock.pass(Duration::from_secs(2));
+    acquire(&store, 9000).await.unwrap();
+}
+
 // ---- files that are not what they should be
 
 async fn refused(path: &Path) -> FileStoreError {

@@ -12,7 +12,10 @@ use support::{
     medium::{Failing, TestClock},
 };
 use tempfile::TempDir;
-use tokio::{sync::Mutex, time::advance};
+use tokio::{
+    sync::Mutex,
+    time::{advance, timeout},
+};
 use tower_idempotency::{
     AnyStore, Begin, Claim, FileRecordState, FileStore, FileStoreErrorKind, Fingerprint, Guarantee, IdempotencyLayer,
     Lease, Owner, RecordId, Retention, Store, StoreErrorKind, StoredResponse,
@@ -378,8 +381,9 @@ async fn nothing_is_answered_before_its_sync_and_what_changes_nothing_does_not_w
     let mut completing = Box::pin(store.complete(&running, &answer, Retention::Forever));
     assert!(poll_once(&mut completing).await.is_none());
     yield_until(|| machine.medium.syncs() > syncs).await;
-    // On this very thread, with the writer in the middle of its sync.
-    assert_eq!(state(&store, 1).await, "completed");
+    // On this very thread, with the writer in the middle of its sync. (Waiting for it would be for ever.)
+    let replayed = timeout(MINUTE, state(&store, 1)).await;
+    assert_eq!(replayed.expect("a replay waits for a sync"), "completed");
     assert_eq!(
         state(&store, 2).await,
         "in progress",
@@ -518,6 +522,43 @@ async fn a_purge_is_done_in_small_parts_by_what_comes_after_it() {
         "{} records are left: the old ones went as the new ones came",
         store.len()
     );
+}
+
+#[tokio::test]
+async fn what_is_kept_for_less_time_than_its_claim_asked_for_is_removed_by_its_own_time() {
+    let machine = Machine::new();
+    let store = machine.open().await;
+    for number in 0..200 {
+        // The claim would be remembered for a day.
+        complete(&store, number, Retention::For(5 * MINUTE)).await;
+    }
+    machine.clock.pass(10 * MINUTE);
+    for number in 1000..1050 {
+        acquire(&store, number).await;
+    }
+    assert_eq!(store.len(), 50);
+}
+
+#[tokio::test]
+async fn what_is_renewed_beyond_its_place_in_the_purge_is_not_removed() {
+    let machine = Machine::new();
+    let store = machine.open().await;
+    let short = Claim {
+        retention: Retention::For(MINUTE),
+        ..claim()
+    };
+    let Begin::Acquired(lease) = store.begin(&id(1), &short).await.unwrap() else {
+        panic!("1 was vacant")
+    };
+    for number in 0..20 {
+        machine.clock.pass(MINUTE / 2);
+        store.renew(&lease, MINUTE).await.unwrap();
+        // Something for the purge to come along with.
+        acquire(&store, 100 + number).await;
+        assert_eq!(state(&store, 1).await, "in progress");
+    }
+    machine.clock.pass(2 * MINUTE);
+    assert_eq!(state(&store, 1).await, "vacant");
 }
 
 #[tokio::test]

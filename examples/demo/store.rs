@@ -41,6 +41,9 @@ impl Store {
             match FileStore::open(&path).await {
                 Ok(store) => return Ok(Self::File { store, path }),
                 Err(refused) if refused.kind() == FileStoreErrorKind::NotAccessible => error = refused.to_string(),
+                Err(refused) if refused.kind() == FileStoreErrorKind::InUse => {
+                    return Err(format!("{refused}\nIs another demo running? Try --store memory."));
+                }
                 // What is wrong with a file that is there is for a person to know.
                 Err(refused) => return Err(refused.to_string()),
             }

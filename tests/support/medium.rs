@@ -140,6 +140,8 @@ struct FailingState {
     others: u64,
     /// Whether they take at once whatever is given back.
     greedy: bool,
+    /// Whether nothing may be set aside, whatever room there is.
+    no_spare: bool,
     room: u64,
     fail: Option<(Calls, u64)>,
     once: bool,
@@ -163,6 +165,7 @@ impl Default for Failing {
             held: 0,
             others: 0,
             greedy: false,
+            no_spare: false,
             room: u64::MAX,
             fail: None,
             once: false,
@@ -212,6 +215,11 @@ impl Failing {
     /// From now on they take at once what the store gives back.
     pub fn others_are_greedy(&self) {
         self.state.lock().unwrap().greedy = true;
+    }
+
+    /// A directory in which no other file may be made.
+    pub fn without_spare(&self) {
+        self.state.lock().unwrap().no_spare = true;
     }
 
     /// Such calls fail after `after` more of them, for good.
@@ -327,6 +335,9 @@ impl Medium for Failing {
 
     fn hold(&self, bytes: u64) -> io::Result<()> {
         let mut state = self.state.lock().unwrap();
+        if state.no_spare {
+            return Err(ErrorKind::PermissionDenied.into());
+        }
         state.fits(bytes.saturating_sub(state.held))?;
         if state.greedy {
             state.others += state.held.saturating_sub(bytes);

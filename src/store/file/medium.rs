@@ -174,6 +174,8 @@ const SPARE: u64 = 16 << 20;
 pub(super) struct Spare {
     medium: Arc<dyn Medium>,
     held: AtomicBool,
+    /// Whether it is not held because there is no room for it.
+    short: AtomicBool,
 }
 
 impl Spare {
@@ -181,21 +183,33 @@ impl Spare {
         Self {
             medium,
             held: AtomicBool::new(false),
+            short: AtomicBool::new(false),
         }
     }
 
-    pub(super) fn is_held(&self) -> bool {
-        self.held.load(SeqCst)
+    pub(super) fn is_short(&self) -> bool {
+        self.short.load(SeqCst)
     }
 
-    pub(super) fn hold(&self) -> io::Result<()> {
-        self.medium.hold(SPARE)?;
-        self.held.store(true, SeqCst);
-        Ok(())
+    /// Whether there is room. Where something else is in the way, such as a directory that may not be written, the store
+    /// does without: it opens its file again then if the disk is ever full.
+    pub(super) fn hold(&self) -> bool {
+        let result = self.medium.hold(SPARE);
+        let short = result.as_ref().is_err_and(is_full);
+        self.held.store(result.is_ok(), SeqCst);
+        self.short.store(short, SeqCst);
+        if let (Err(error), false) = (result, short) {
+            tracing::warn!(%error, "the idempotency store can set no room aside for the day when the disk is full");
+        }
+        !short
     }
 
     /// Whether there was something to give back.
     pub(super) fn give_back(&self) -> bool {
-        self.held.swap(false, SeqCst) && self.medium.hold(0).is_ok()
+        if !self.held.swap(false, SeqCst) {
+            return false;
+        }
+        self.short.store(true, SeqCst);
+        self.medium.hold(0).is_ok()
     }
 }

@@ -215,7 +215,7 @@ impl FileStoreBuilder {
         let fresh = medium.is_empty().map_err(|source| FileStoreError::io(path, source))?;
         let backend = Backend::new(medium);
         // Without it the store opens for what is in it, and refuses new keys.
-        let _ = backend.spare.hold();
+        backend.spare.hold();
         let database = engine::start(&backend, &self.settings).map_err(|source| engine::not_opened(path, source))?;
         let failed = |source| engine::unreadable(path, source);
         if fresh {

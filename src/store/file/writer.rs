@@ -64,7 +64,7 @@ enum Outcome {
 impl Writer {
     pub(super) fn new(shared: Arc<Shared>, backend: Backend) -> Self {
         let now = shared.time.began();
-        let room = (!backend.spare.is_held()).then_some(0);
+        let room = backend.spare.is_short().then_some(0);
         Self {
             shared,
             backend,
@@ -119,7 +119,7 @@ impl Writer {
                 }
                 // The spare may have been used for this very batch.
                 self.room = match applied.room {
-                    None if !self.backend.spare.is_held() => Some(0),
+                    None if self.backend.spare.is_short() => Some(0),
                     room => room,
                 };
                 for (job, outcome) in jobs.into_iter().zip(applied.outcomes) {
@@ -174,7 +174,7 @@ impl Writer {
         if self.shared.database().is_none() {
             self.reopen();
         }
-        if self.backend.spare.is_held() || self.backend.spare.hold().is_ok() {
+        if self.backend.spare.hold() {
             tracing::info!("the disk has room again: the idempotency store takes new keys");
             self.room = None;
         }
