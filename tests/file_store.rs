@@ -543,10 +543,8 @@ async fn what_is_kept_for_less_time_than_its_claim_asked_for_is_removed_by_its_o
 async fn what_is_renewed_beyond_its_place_in_the_purge_is_not_removed() {
     let machine = Machine::new();
     let store = machine.open().await;
-    let short = Claim {
-        retention: Retention::For(MINUTE),
-        ..claim()
-    };
+    let mut short = claim();
+    short.retention = Retention::For(MINUTE);
     let Begin::Acquired(lease) = store.begin(&id(1), &short).await.unwrap() else {
         panic!("1 was vacant")
     };
