@@ -1,12 +1,12 @@
-//! What durable stores cost beside the floor of their medium: cycles (claim and completion, 1 KiB answers) of 1, 16, 64 and 256
-//! writers, replays, the size of a record, the purge, and the opening of a full file.
+//! What durable stores cost beside the floor of their medium: cycles (claim and completion, 1 KiB answers) of 1, 16, 64
+//! and 256 writers, replays, the size of a record, the purge, and the opening of a full file.
 //!
 //! `cargo bench --bench stores --features testing`. Options, behind `--`:
-//! `--only NAME` one contestant, `--seconds N` for each figure [2], `--records N` in the full file [100000], `--dir PATH` the
-//! disk to measure [the temporary directory].
+//! `--only NAME` one contestant, `--seconds N` for each figure [2], `--records N` in the full file [100000], `--dir
+//! PATH` the disk to measure [the temporary directory].
 //!
-//! The floor is what no store on the medium can beat with one writer: two syncs for each cycle. It is measured in the same run,
-//! before and after; figures of different runs say little about each other.
+//! The floor is what no store on the medium can beat with one writer: two syncs for each cycle. It is measured in the
+//! same run, before and after; figures of different runs say little about each other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{

@@ -34,7 +34,8 @@ async fn pay(demo: &Demo, key: &str) -> Option<Answer> {
         .ok()
 }
 
-/// What is in the ledger's file: for each key the ids of its effects. A last line that was cut is no effect that was answered.
+/// What is in the ledger's file: for each key the ids of its effects. A last line that was cut is no effect that was
+/// answered.
 fn effects(ledger: &Path) -> HashMap<String, Vec<String>> {
     let mut effects: HashMap<String, Vec<String>> = HashMap::new();
     for line in std::fs::read_to_string(ledger).unwrap().lines() {

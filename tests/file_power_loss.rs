@@ -1,8 +1,8 @@
 //! Power is lost at any moment: what was acknowledged is there, and nothing is half there.
 //!
-//! A store works on a medium that records each write. Then power is lost after every one of them: what was synced stays, and
-//! of what was written since, any part may be there: nothing, all, some writes, some sectors of some writes. The store is
-//! opened on what is left, and sometimes power is lost again while it does that.
+//! A store works on a medium that records each write. Then power is lost after every one of them: what was synced
+//! stays, and of what was written since, any part may be there: nothing, all, some writes, some sectors of some writes.
+//! The store is opened on what is left, and sometimes power is lost again while it does that.
 //!
 //! `POWER_LOSS_POINTS=1000000 cargo test --release --all-features --test file_power_loss` looks at a million moments.
 #![cfg(all(feature = "file", feature = "testing"))]

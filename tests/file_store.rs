@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::{path::PathBuf, task::Poll, time::Duration};
+use std::{path::PathBuf, pin::Pin, task::Poll, time::Duration};
 
 use sha2::{Digest, Sha256};
 use support::{
@@ -18,7 +18,7 @@ use tokio::{
 };
 use tower_idempotency::{
     AnyStore, Begin, Claim, FileRecordState, FileStore, FileStoreErrorKind, Fingerprint, Guarantee, IdempotencyLayer,
-    Lease, Owner, RecordId, Retention, Store, StoreErrorKind, StoredResponse,
+    Lease, Owner, RecordId, Retention, Store, StoreError, StoreErrorKind, StoredResponse,
     testing::{self, Subject},
 };
 
@@ -368,7 +368,47 @@ async fn a_store_that_nobody_has_any_more_closes_its_file() {
 // ---- who waits for what
 
 #[tokio::test]
-async fn nothing_is_answered_before_its_sync_and_what_changes_nothing_does_not_wait_for_one() {
+async fn no_change_is_answered_before_its_sync() {
+    let machine = Machine::new();
+    let store = &machine.open().await;
+    let mut leases = Vec::new();
+    for number in 0..4 {
+        leases.push(acquire(store, number).await);
+    }
+    let (new, stranger, answer) = (id(100), claim(), response(1000));
+    let taking_over = stranger.clone().taking_over(leases[3]);
+    type Changing<'a> = Pin<Box<dyn Future<Output = Result<(), StoreError>> + 'a>>;
+    let changes: [Changing<'_>; 6] = [
+        Box::pin(async { store.begin(&new, &stranger).await.map(drop) }),
+        Box::pin(store.complete(&leases[0], &answer, Retention::Forever)),
+        Box::pin(store.renew(&leases[1], DAY)),
+        Box::pin(store.release(&leases[2])),
+        Box::pin(store.abandon(&leases[3])),
+        Box::pin(async { store.begin(&leases[3].id, &taking_over).await.map(drop) }),
+    ];
+    for (number, mut change) in changes.into_iter().enumerate() {
+        let before = machine.medium.syncs();
+        machine.medium.block_syncs(true);
+        assert!(poll_once(&mut change).await.is_none());
+        yield_until(|| machine.medium.syncs() > before).await;
+        for _ in 0..100 {
+            assert!(
+                poll_once(&mut change).await.is_none(),
+                "change {number} was answered before its sync"
+            );
+            tokio::task::yield_now().await;
+        }
+        machine.medium.block_syncs(false);
+        change.await.unwrap();
+    }
+    assert!(matches!(
+        store.begin(&new, &claim()).await,
+        Ok(Begin::InProgress { .. })
+    ));
+}
+
+#[tokio::test]
+async fn what_changes_nothing_does_not_wait_for_a_sync() {
     let machine = Machine::new();
     let store = machine.open().await;
     complete(&store, 1, Retention::Forever).await;

@@ -32,8 +32,8 @@ pub fn program() -> PathBuf {
 }
 
 impl Demo {
-    /// Starts the server on a free port and waits until it says that it is ready. Without a store among the options it has
-    /// one in memory: the default one belongs to whoever runs the tests.
+    /// Starts the server on a free port and waits until it says that it is ready. Without a store among the options it
+    /// has one in memory: the default one belongs to whoever runs the tests.
     pub fn start(options: &[&str]) -> Self {
         let store: &[&str] = if options.contains(&"--store") {
             &[]

@@ -1,10 +1,10 @@
 //! The store's time: it goes on where it was left, and no wall clock can push it.
 //!
-//! While a store is open its time is a monotonic clock's, so no step of the wall clock is even seen. Every opening has to
-//! learn how long the store was closed:
+//! While a store is open its time is a monotonic clock's, so no step of the wall clock is even seen. Every opening has
+//! to learn how long the store was closed:
 //!
-//! - Where the system tells which start of the machine this is and how long ago it was (Linux), and it is the same start
-//!   as before, that tells it exactly.
+//! - Where the system tells which start of the machine this is and how long ago it was (Linux), and it is the same
+//!   start as before, that tells it exactly.
 //! - Otherwise the wall clocks of then and now do, less [`TOLERANCE`]. A clock that went back, or forward by up to
 //!   an hour, has no effect then: time stands still rather than leap, so nothing ends earlier than asked. A longer leap
 //!   cannot be told from a machine that was switched off for so long.
@@ -72,8 +72,9 @@ pub(super) fn nanos(duration: Duration) -> Time {
     u64::try_from(duration.as_nanos()).unwrap_or(NEVER)
 }
 
-/// What the file remembers of the store's time. Version 1, little-endian: version (1), CRC-32 of what follows (4), run (8),
-/// the store's time (8), wall (8), 1 if the machine's start is known or 0 (1), the start (36), the time since then (8).
+/// What the file remembers of the store's time. Version 1, little-endian: version (1), CRC-32 of what follows (4), run
+/// (8), the store's time (8), wall (8), 1 if the machine's start is known or 0 (1), the start (36), the time since then
+/// (8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stamp {
     /// How often the store was opened.
@@ -139,8 +140,8 @@ impl Stamp {
     }
 }
 
-/// What the clocks said when a store was to be opened: all of them at one moment, on the thread that asked, whose time a
-/// test may have paused. How long the opening takes is counted by the clock from then on.
+/// What the clocks said when a store was to be opened: all of them at one moment, on the thread that asked, whose time
+/// a test may have paused. How long the opening takes is counted by the clock from then on.
 #[derive(Debug)]
 pub(super) struct Opening {
     clock: Arc<dyn Clock>,

@@ -8,7 +8,8 @@ use std::{
 
 type Source = Box<dyn Error + Send + Sync>;
 
-/// Why a [`FileStore`](crate::FileStore) could not be opened. It names the file; its source says what happened underneath.
+/// Why a [`FileStore`](crate::FileStore) could not be opened. It names the file; its source says what happened
+/// underneath.
 #[derive(Debug)]
 pub struct FileStoreError {
     kind: FileStoreErrorKind,

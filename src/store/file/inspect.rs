@@ -54,11 +54,11 @@ pub enum FileRecordState {
 }
 
 impl FileStore {
-    /// Shows every record of a file that no process has open, in the order of their ids. Blocks: it reads all of the file.
-    /// Nothing is changed, except that what a crash left is recovered as any opening does.
+    /// Shows every record of a file that no process has open, in the order of their ids. Blocks: it reads all of the
+    /// file. Nothing is changed, except that what a crash left is recovered as any opening does.
     ///
     /// # Errors
-    /// See [`FileStoreErrorKind`]; a file that does not exist is not made.
+    /// See [`FileStoreErrorKind`](crate::FileStoreErrorKind); a file that does not exist is not made.
     pub fn inspect(path: impl AsRef<Path>, mut show: impl FnMut(FileRecord)) -> Result<(), FileStoreError> {
         let path = path.as_ref();
         std::fs::metadata(path).map_err(|source| FileStoreError::io(path, source))?;

@@ -1,5 +1,5 @@
-//! What a claim finds: a pure function of the record and the time, for the writer, which acts on it, and for readers, which
-//! answer whatever changes nothing.
+//! What a claim finds: a pure function of the record and the time, for the writer, which acts on it, and for readers,
+//! which answer whatever changes nothing.
 
 use std::time::Duration;
 

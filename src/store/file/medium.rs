@@ -33,8 +33,8 @@ pub trait Medium: fmt::Debug + Send + Sync + 'static {
     /// Also where the bytes end before `out` is full.
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()>;
 
-    /// Writes all of `data`. What is written is durable after the next [`sync`](Self::sync), and until then it may be lost
-    /// in any part.
+    /// Writes all of `data`. What is written is durable after the next [`sync`](Self::sync), and until then it may be
+    /// lost in any part.
     ///
     /// # Errors
     /// [`ErrorKind::StorageFull`] makes the store give back what it [holds](Self::hold) and try again.
@@ -168,8 +168,8 @@ pub(super) fn is_full(error: &io::Error) -> bool {
 /// [`MAX_BATCH`](super::queue::MAX_BATCH) fits, so a full disk is noticed by a write that succeeds.
 const SPARE: u64 = 16 << 20;
 
-/// Room for the day when the disk is full. An error would make redb refuse everything from then on; with the spare it sees
-/// none, and the store has time to refuse what takes room.
+/// Room for the day when the disk is full. An error would make redb refuse everything from then on; with the spare it
+/// sees none, and the store has time to refuse what takes room.
 #[derive(Debug)]
 pub(super) struct Spare {
     medium: Arc<dyn Medium>,
@@ -191,8 +191,8 @@ impl Spare {
         self.short.load(SeqCst)
     }
 
-    /// Whether there is room. Where something else is in the way, such as a directory that may not be written, the store
-    /// does without: it opens its file again then if the disk is ever full.
+    /// Whether there is room. Where something else is in the way, such as a directory that may not be written, the
+    /// store does without: it opens its file again then if the disk is ever full.
     pub(super) fn hold(&self) -> bool {
         let result = self.medium.hold(SPARE);
         let short = result.as_ref().is_err_and(is_full);

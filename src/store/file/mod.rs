@@ -1,8 +1,8 @@
 //! Records in one file.
 //!
-//! While the writer is at work a claim goes to a reader first, which answers from the last durable state whatever changes
-//! nothing: replays, conflicts, lost attempts. The others, and every change, go to the one [writer](writer), which takes all
-//! that waits, applies it in one transaction, syncs, and answers. Neither runs on a task's thread.
+//! While the writer is at work a claim goes to a reader first, which answers from the last durable state whatever
+//! changes nothing: replays, conflicts, lost attempts. The others, and every change, go to the one [writer](writer),
+//! which takes all that waits, applies it in one transaction, syncs, and answers. Neither runs on a task's thread.
 
 mod batch;
 mod cache;
@@ -25,29 +25,30 @@ mod medium;
 mod open;
 mod queue;
 mod reader;
+mod shared;
 mod writer;
 
 use std::{
     fmt,
     path::{Path, PathBuf},
     sync::{
-        Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Arc, RwLock,
         atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
     thread,
     time::Duration,
 };
 
-use redb::Database;
 use tokio::sync::{oneshot, watch};
 
 use self::{
     cache::Cache,
     clock::{Opening, StoreTime, SystemClock},
-    engine::{Backend, Broken, BrokenCell, Settings},
+    engine::{Backend, BrokenCell, Settings},
     frame::{NEVER, Time},
     listeners::Listeners,
-    queue::{BeginJob, Change, ChangeJob, Queue, Refused, WriteJob},
+    queue::{BeginJob, Change, ChangeJob, Queue, WriteJob},
+    shared::Shared,
     writer::Writer,
 };
 #[cfg(not(feature = "testing"))]
@@ -64,7 +65,7 @@ pub use self::{
 use super::Store;
 use crate::{
     codec::StoredResponse,
-    error::{StoreError, StoreErrorKind},
+    error::StoreError,
     record::{Begin, Claim, Lease, RecordId, Retention},
 };
 
@@ -74,14 +75,16 @@ use crate::{
 /// in flight when a process was lost is abandoned as soon as the file is opened again.
 ///
 /// Clones share the file. It is closed when the last of them is dropped, a moment later; [`close`](Self::close) waits
-/// for that. A file is open once: another process, or another store of this one, is [refused](FileStoreErrorKind::InUse).
+/// for that. A file is open once: another process, or another store of this one, is
+/// [refused](FileStoreErrorKind::InUse).
 ///
-/// Leases and retentions are counted by a monotonic clock ([`tokio::time`]), which the wall clock cannot push; a store that
-/// was closed learns from the machine's uptime how long that was, or else from the wall clock, less an hour.
+/// Leases and retentions are counted by a monotonic clock ([`tokio::time`]), which the wall clock cannot push; a store
+/// that was closed learns from the machine's uptime how long that was, or else from the wall clock, less an hour.
 ///
-/// When the disk is full, new keys are refused ([`Full`](StoreErrorKind::Full)), what is in flight ends, and what
-/// completed is replayed. After any other failure of the medium every call fails ([`Unavailable`](StoreErrorKind::Unavailable))
-/// until the file is opened again, since nobody knows what is on it.
+/// When the disk is full, new keys are refused ([`Full`](crate::StoreErrorKind::Full)), what is in flight ends, and
+/// what completed is replayed. After any other failure of the medium every call fails
+/// ([`Unavailable`](crate::StoreErrorKind::Unavailable)) until the file is opened again, since nobody knows what is on
+/// it.
 ///
 /// ```no_run
 /// # async fn serve() -> Result<(), tower_idempotency::FileStoreError> {
@@ -104,25 +107,6 @@ struct Handle {
     shared: Arc<Shared>,
 }
 
-/// What tasks and threads share.
-struct Shared {
-    file: Arc<str>,
-    time: StoreTime,
-    settings: Settings,
-    /// `None` while it cannot be opened for want of room, and once it is closed. Locked by the store's threads only.
-    database: RwLock<Option<Database>>,
-    reads: Queue<BeginJob>,
-    writes: Queue<WriteJob>,
-    /// How many threads may still hand a claim on to the writer.
-    readers: AtomicUsize,
-    cache: Cache,
-    /// How many there were after the last commit.
-    records: AtomicU64,
-    listeners: Listeners,
-    broken: BrokenCell,
-    closed: watch::Sender<bool>,
-}
-
 /// Opens a [`FileStore`] with other settings.
 #[derive(Debug)]
 #[must_use]
@@ -141,22 +125,22 @@ impl FileStoreBuilder {
         self
     }
 
-    /// The most memory that answers which were given lately may take, in bytes: they are replayed without a look into the
-    /// file. Default: 32 MiB.
+    /// The most memory that answers which were given lately may take, in bytes: they are replayed without a look into
+    /// the file. Default: 32 MiB.
     pub fn replay_bytes(mut self, bytes: usize) -> Self {
         self.replay_bytes = bytes;
         self
     }
 
-    /// Whether opening the file reads and checks all of it, so that bits which flipped anywhere are found then, and not only
-    /// those of a record when it is read. Default: no.
+    /// Whether opening the file reads and checks all of it, so that bits which flipped anywhere are found then, and not
+    /// only those of a record when it is read. Default: no.
     pub fn verify(mut self, verify: bool) -> Self {
         self.settings.verify = verify;
         self
     }
 
-    /// Whether a crash may be recovered from without reading all of the file. Each change then takes two syncs instead of
-    /// one, and writes more. Default: no.
+    /// Whether a crash may be recovered from without reading all of the file. Each change then takes two syncs instead
+    /// of one, and writes more. Default: no.
     pub fn quick_recovery(mut self, quick: bool) -> Self {
         self.settings.quick_recovery = quick;
         self
@@ -330,57 +314,6 @@ impl Drop for Handle {
     fn drop(&mut self) {
         // The readers end, then the writer, which closes the file.
         self.shared.reads.close();
-    }
-}
-
-impl Shared {
-    /// Nothing that panics holds it, and whatever is in it is whole.
-    fn database(&self) -> RwLockReadGuard<'_, Option<Database>> {
-        self.database.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn database_mut(&self) -> RwLockWriteGuard<'_, Option<Database>> {
-        self.database.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The store takes no more work. The first reason is the one that everybody is told.
-    fn fail(&self, cause: Option<Arc<redb::Error>>) -> Broken {
-        let broken = self.broken.get_or_init(|| {
-            let file = Arc::clone(&self.file);
-            let said = cause.as_ref().map(tracing::field::display);
-            tracing::error!(%file, cause = said, "the idempotency store failed; open it again");
-            Broken { file, cause }
-        });
-        broken.clone()
-    }
-
-    fn reader_ended(&self) {
-        if self.readers.fetch_sub(1, SeqCst) == 1 {
-            self.writes.close();
-        }
-    }
-
-    fn close_database(&self) {
-        let database = self.database_mut().take();
-        if let Some(Err(error)) = database.map(Database::close) {
-            tracing::warn!(file = %self.file, %error, "the idempotency store was not closed cleanly; its next opening takes longer");
-        }
-    }
-
-    fn refusal(&self, why: Refused) -> StoreError {
-        let why = match why {
-            Refused::Closed => "the store is closed",
-            Refused::TooMany | Refused::Busy => "too many calls wait for the store",
-        };
-        StoreError::with_source(StoreErrorKind::Unavailable, why)
-    }
-
-    /// The thread that had the job is gone, or dropped it in a panic.
-    fn unanswered(&self) -> StoreError {
-        match self.broken.get() {
-            Some(broken) => broken.clone().into(),
-            None => StoreErrorKind::Unavailable.into(),
-        }
     }
 }
 

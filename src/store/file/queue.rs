@@ -170,8 +170,8 @@ impl<T: Weigh> Queue<T> {
         self.filled.notify_all();
     }
 
-    /// Waits for a job, then up to `patience` for `expected` of them, and moves what is there into `batch`. `false` once
-    /// the queue is closed and empty.
+    /// Waits for a job, then up to `patience` for `expected` of them, and moves what is there into `batch`. `false`
+    /// once the queue is closed and empty.
     pub(super) fn take(&self, batch: &mut Vec<T>, most: usize, expected: usize, patience: Duration) -> bool {
         let mut state = self.lock();
         while state.jobs.is_empty() {

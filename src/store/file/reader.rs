@@ -1,5 +1,5 @@
-//! The threads that read: they answer every claim that changes nothing, from what is durable, and hand on the others. They
-//! never wait for a sync, so neither does a replay.
+//! The threads that read: they answer every claim that changes nothing, from what is durable, and hand on the others.
+//! They never wait for a sync, so neither does a replay.
 
 use std::{
     mem,
@@ -11,11 +11,11 @@ use std::{
 use redb::{Database, ReadableDatabase};
 
 use super::{
-    Shared,
     batch::{RECORDS, answer, decode},
     cache::Kept,
     look::{Found, look},
     queue::{BeginJob, WriteJob},
+    shared::Shared,
 };
 use crate::{error::StoreError, record::Begin};
 

@@ -1,4 +1,5 @@
-//! The one thread that writes: takes what waits, decides and applies it in one transaction, syncs, and only then answers.
+//! The one thread that writes: takes what waits, decides and applies it in one transaction, syncs, and only then
+//! answers.
 
 use std::{
     mem,
@@ -10,13 +11,13 @@ use std::{
 use redb::Database;
 
 use super::{
-    Shared,
     batch::Batch,
     cache::Kept,
     engine::{Backend, Broken, Failed, start, write_stamp},
     frame::Time,
     listeners::Wake,
     queue::{Change, ChangeJob, MAX_BATCH, WriteJob},
+    shared::Shared,
 };
 use crate::{
     error::{StoreError, StoreErrorKind},
