@@ -58,6 +58,17 @@ fn contestants() -> Vec<Contestant> {
             })),
         },
         Contestant {
+            name: "file, 1 ms sync, quick recovery",
+            open: Box::new(|directory| {
+                let medium = Disk::new(directory, Sync::Takes(Duration::from_millis(1)));
+                let builder = FileStore::builder("bench").medium(medium).quick_recovery(true);
+                Box::pin(async { AnyStore::new(builder.open().await.unwrap()) })
+            }),
+            floor: Some(Box::new(|directory| {
+                floor(Disk::new(directory, Sync::Takes(Duration::from_millis(1))))
+            })),
+        },
+        Contestant {
             name: "file, this disk",
             open: Box::new(|directory| {
                 let path = directory.join(format!("store-{}", NEXT.fetch_add(1, Relaxed)));

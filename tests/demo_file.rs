@@ -6,6 +6,7 @@ mod support;
 
 use std::{
     collections::HashMap,
+    env::consts::EXE_SUFFIX,
     path::Path,
     process::Command,
     sync::{
@@ -130,6 +131,38 @@ async fn a_second_server_on_the_same_file_is_told_which_file_it_is() {
         .output()
         .unwrap();
     assert_eq!(nothing.status.code(), Some(2));
+}
+
+#[tokio::test]
+async fn a_file_is_inspected_once_its_server_is_gone_without_keys_or_answers() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.redb");
+    let demo = Demo::start(&["--store", &format!("file:{}", path.display())]);
+    let answer = pay(&demo, "a-secret-key").await.unwrap();
+    let inspect = || {
+        Command::new(demo::program().with_file_name(format!("inspect{EXE_SUFFIX}")))
+            .arg(&path)
+            .output()
+            .unwrap()
+    };
+    let in_use = inspect();
+    assert_eq!(in_use.status.code(), Some(1));
+    assert!(
+        String::from_utf8(in_use.stderr)
+            .unwrap()
+            .contains("store.redb is open already")
+    );
+    demo.kill();
+    let inspected = inspect();
+    assert!(inspected.status.success());
+    let text = String::from_utf8(inspected.stdout).unwrap();
+    assert!(text.starts_with("completed: 1 records, "), "{text}");
+    assert!(
+        text.contains("  201  attempt 1  ") && text.contains("expires in "),
+        "{text}"
+    );
+    let id = answer.json()["id"].as_str().unwrap().to_owned();
+    assert!(!text.contains("secret") && !text.contains(&id), "{text}");
 }
 
 /// What became of every key, as the clients saw it.

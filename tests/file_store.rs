@@ -17,8 +17,8 @@ use tokio::{
     time::{advance, timeout},
 };
 use tower_idempotency::{
-    AnyStore, Begin, Claim, FileRecordState, FileStore, FileStoreErrorKind, Fingerprint, Guarantee, IdempotencyLayer,
-    Lease, Owner, RecordId, Retention, Store, StoreError, StoreErrorKind, StoredResponse,
+    AnyStore, Begin, Claim, Concurrent, FileRecordState, FileStore, FileStoreErrorKind, Fingerprint, Guarantee,
+    IdempotencyLayer, Lease, Owner, RecordId, Retention, Store, StoreError, StoreErrorKind, StoredResponse,
     testing::{self, Subject},
 };
 
@@ -323,6 +323,31 @@ async fn after_a_restart_the_first_answer_is_replayed_and_a_lost_attempt_follows
     );
     assert_eq!(control.runs(), 2);
     lost.iter().for_each(|client| client.abort());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn many_clients_of_one_key_have_one_effect_and_one_answer() {
+    let (_directory, path) = directory();
+    let store = FileStore::open(&path).await.unwrap();
+    let control = open();
+    let layer = IdempotencyLayer::new(store.clone()).on_concurrent(Concurrent::Wait(MINUTE));
+    let app = pay(&control, layer);
+    let keys: Vec<String> = (0..60).map(|number| format!("key-{number}")).collect();
+    let clients = keys
+        .iter()
+        .flat_map(|key| (0..8).map(|_| (key.clone(), spawn(&app, keyed(key, "a")))));
+    let mut bodies = std::collections::BTreeMap::<_, Vec<_>>::new();
+    for (key, client) in clients.collect::<Vec<_>>() {
+        let answer = client.await.unwrap();
+        assert_eq!(answer.status, http::StatusCode::CREATED);
+        bodies.entry(key).or_default().push(answer.body);
+    }
+    assert!(
+        bodies
+            .values()
+            .all(|bodies| bodies.iter().all(|body| *body == bodies[0]))
+    );
+    assert_eq!((control.runs(), store.len()), (60, 60));
 }
 
 #[tokio::test]
