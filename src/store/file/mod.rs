@@ -132,8 +132,8 @@ impl FileStoreBuilder {
         self
     }
 
-    /// Whether opening the file reads and checks all of it, so that bits which flipped anywhere are found then, and not
-    /// only those of a record when it is read. Default: no.
+    /// Whether opening the file reads and checks all of it. A record is checked whenever it is read; this also finds bits
+    /// that flipped in the pages which lead to records, and which may hide one or stop the process. Default: no.
     pub fn verify(mut self, verify: bool) -> Self {
         self.settings.verify = verify;
         self
