@@ -158,6 +158,14 @@ impl Machine {
         }
     }
 
+    /// What is left when the process is lost; the store that was open goes on elsewhere, and is of no account.
+    fn crash(&self) -> Self {
+        Self {
+            medium: Failing::with(self.medium.bytes()),
+            clock: self.clock.clone(),
+        }
+    }
+
     /// Every answer comes from the medium.
     async fn open(&self) -> FileStore {
         let builder = FileStore::builder("simulated")
@@ -241,7 +249,7 @@ async fn after_a_restart_of_the_machine_a_wall_clock_may_be_an_hour_off_and_noth
         }
         let store = machine.open().await;
         complete(&store, 1, Retention::For(10 * MINUTE)).await;
-        drop(store);
+        let machine = machine.crash();
         machine.clock.restart();
         machine.clock.jump(jump);
         let store = machine.open().await;
@@ -276,8 +284,7 @@ async fn attempts_of_an_earlier_run_are_abandoned_at_once_and_their_owners_may_s
     let forgotten = acquire(&store, 1).await;
     let late = acquire(&store, 2).await;
     let renewed = acquire(&store, 3).await;
-    drop(store);
-    let store = machine.open().await;
+    let store = machine.crash().open().await;
     for number in [1, 2, 3] {
         assert_eq!(state(&store, number).await, "abandoned");
     }
@@ -665,10 +672,7 @@ async fn a_crash_is_recovered_without_reading_all_of_the_file_if_that_was_asked_
         for number in 0..1000 {
             complete(&store, number, Retention::Forever).await;
         }
-        let crashed = Machine {
-            medium: Failing::with(machine.medium.bytes()),
-            clock: TestClock::new(),
-        };
+        let crashed = machine.crash();
         let store = crashed.open().await;
         reads.push(crashed.medium.reads());
         assert_eq!(state(&store, 999).await, "completed");
