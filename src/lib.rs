@@ -38,6 +38,8 @@ mod store;
 pub mod testing;
 mod wait;
 
+#[cfg(feature = "file")]
+pub use self::store::{FileRecord, FileRecordState, FileStore, FileStoreBuilder, FileStoreError, FileStoreErrorKind};
 pub use self::{
     body::{BufferedBody, RequestBody, ResponseBody},
     codec::StoredResponse,

@@ -26,6 +26,9 @@
 //! # });
 //! ```
 
+#[cfg(feature = "file")]
+pub use crate::store::{Clock, MachineStart, Medium};
+
 mod ownership;
 mod races;
 mod time;

@@ -12,26 +12,27 @@ use axum::{
 };
 use serde::Serialize;
 use serde_json::{Value, value::RawValue};
-use tower_idempotency::{Attempt, IdempotencyLayer, MemoryStore};
+use tower_idempotency::{Attempt, IdempotencyLayer};
 
 use crate::{
     faults::Faults,
     ledger::{Effect, Ledger},
     metrics,
     providers::{PROVIDERS, Provider},
+    store::Store,
 };
 
 #[derive(Clone)]
 pub struct App {
     pub ledger: Arc<Ledger>,
-    pub store: MemoryStore,
+    pub store: Store,
     pub idempotency: IdempotencyLayer,
 }
 
 /// Every route; `retention` overrides each provider's own.
 pub fn router(
     ledger: Arc<Ledger>,
-    store: MemoryStore,
+    store: Store,
     idempotency: &IdempotencyLayer,
     retention: Option<Duration>,
 ) -> Router {

@@ -11,7 +11,8 @@ Usage: demo [OPTIONS]
 
 Options:
   --listen ADDRESS      where to listen [default: 127.0.0.1:3000]; port 0 takes a free one
-  --store STORE         where records are kept: memory [default: memory]
+  --store STORE         where records are kept: file:PATH or memory
+                        [default: a file in your data directory]
   --retention DURATION  how long answers are kept on every route, such as 10s, 5m or 72h
                         [default: each route's own]
   --ledger FILE         append each effect to FILE as a JSON line before it is answered
@@ -34,6 +35,9 @@ pub struct Args {
 }
 
 pub enum Store {
+    /// A file in the platform's data directory.
+    Default,
+    File(PathBuf),
     Memory,
 }
 
@@ -42,7 +46,7 @@ impl Args {
     pub fn from_env() -> Result<Option<Self>, lexopt::Error> {
         let mut args = Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 3000)),
-            store: Store::Memory,
+            store: Store::Default,
             retention: None,
             ledger: None,
         };
@@ -71,6 +75,12 @@ fn retention(text: &str) -> Result<Duration, String> {
 fn store(name: &str) -> Result<Store, String> {
     match name {
         "memory" => Ok(Store::Memory),
-        other => Err(format!("there is no store {other:?}; this version has: memory")),
+        other => match other.strip_prefix("file:") {
+            Some("") => Err("file: wants a path, such as file:store.redb".to_owned()),
+            Some(path) => Ok(Store::File(path.into())),
+            None => Err(format!(
+                "there is no store {other:?}; this version has: memory, file:PATH"
+            )),
+        },
     }
 }

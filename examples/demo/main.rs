@@ -8,14 +8,15 @@ mod faults;
 mod ledger;
 mod metrics;
 mod providers;
+mod store;
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, signal};
-use tower_idempotency::{Drain, IdempotencyLayer, MemoryStore};
+use tower_idempotency::{Drain, IdempotencyLayer};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
-use crate::{args::Args, ledger::Ledger};
+use crate::{args::Args, ledger::Ledger, store::Store};
 
 /// How long work that outlived its client may take at shutdown.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -53,11 +54,13 @@ async fn main() -> ExitCode {
 async fn serve(args: Args) -> Result<(), String> {
     let ledger = Ledger::open(args.ledger.as_deref())
         .map_err(|error| format!("cannot open the ledger {:?}: {error}", args.ledger.unwrap_or_default()))?;
-    let args::Store::Memory = args.store;
-    let store = MemoryStore::new();
-    let idempotency = IdempotencyLayer::new(store.clone());
+    let store = Store::open(args.store).await?;
+    if let Store::File { path, .. } = &store {
+        eprintln!("demo: records are kept in {}", path.display());
+    }
+    let idempotency = IdempotencyLayer::new(store.any());
     let drain = idempotency.drain();
-    let app = api::router(Arc::new(ledger), store, &idempotency, args.retention);
+    let app = api::router(Arc::new(ledger), store.clone(), &idempotency, args.retention);
 
     let listener = TcpListener::bind(args.listen)
         .await
@@ -69,6 +72,7 @@ async fn serve(args: Args) -> Result<(), String> {
         .await
         .map_err(|error| error.to_string())?;
     finish(&drain).await;
+    store.close().await;
     Ok(())
 }
 

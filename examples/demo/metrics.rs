@@ -49,7 +49,7 @@ pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
         "idempotency_records",
         "Records held by the store.",
         "gauge",
-        app.store.len(),
+        app.store.records(),
     );
     metric(
         &mut text,

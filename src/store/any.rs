@@ -91,6 +91,41 @@ impl<S: Store> DynStore for Erased<S> {
     }
 }
 
+/// Like any store, but for a replay that it has at hand.
+#[cfg(feature = "file")]
+impl DynStore for super::FileStore {
+    fn begin<'a>(&'a self, id: &'a RecordId, claim: &'a Claim) -> Call<'a, Begin> {
+        match self.at_once(id) {
+            Some(replay) => Call::answered(Ok(replay)),
+            None => Call::pending(Store::begin(self, id, claim)),
+        }
+    }
+
+    fn begin_at_once(&self, id: &RecordId, _: &Claim) -> Option<Result<Begin, StoreError>> {
+        self.at_once(id).map(Ok)
+    }
+
+    fn complete<'a>(&'a self, lease: &'a Lease, response: &'a StoredResponse, retention: Retention) -> Call<'a, ()> {
+        Call::pending(Store::complete(self, lease, response, retention))
+    }
+
+    fn renew<'a>(&'a self, lease: &'a Lease, length: Duration) -> Call<'a, ()> {
+        Call::pending(Store::renew(self, lease, length))
+    }
+
+    fn release<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()> {
+        Call::pending(Store::release(self, lease))
+    }
+
+    fn abandon<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()> {
+        Call::pending(Store::abandon(self, lease))
+    }
+
+    fn changed<'a>(&'a self, id: &'a RecordId) -> Boxed<'a, ()> {
+        Box::pin(Store::changed(self, id))
+    }
+}
+
 impl DynStore for MemoryStore {
     fn begin<'a>(&'a self, id: &'a RecordId, claim: &'a Claim) -> Call<'a, Begin> {
         Call::answered(self.begin_now(id, claim))
@@ -140,6 +175,10 @@ impl AnyStore {
         let any: &dyn Any = &store;
         if let Some(memory) = any.downcast_ref::<MemoryStore>() {
             return Self(Arc::new(memory.clone()));
+        }
+        #[cfg(feature = "file")]
+        if let Some(file) = any.downcast_ref::<super::FileStore>() {
+            return Self(Arc::new(file.clone()));
         }
         if let Some(already) = any.downcast_ref::<Self>() {
             return already.clone();

@@ -1,11 +1,17 @@
 //! Where records are kept.
 
 mod any;
+#[cfg(feature = "file")]
+mod file;
 mod memory;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
 pub(crate) use self::any::{Call, DynStore};
+#[cfg(all(feature = "file", feature = "testing"))]
+pub use self::file::{Clock, MachineStart, Medium};
+#[cfg(feature = "file")]
+pub use self::file::{FileRecord, FileRecordState, FileStore, FileStoreBuilder, FileStoreError, FileStoreErrorKind};
 pub use self::{
     any::AnyStore,
     memory::{MemoryStore, MemoryStoreBuilder},

@@ -48,24 +48,37 @@ pub fn program() -> PathBuf {
 }
 
 impl Demo {
-    /// Starts the server on a free port and waits until it says that it is ready.
+    /// Starts the server on a free port and waits until it says that it is ready. Without a store among the options it
+    /// has one in memory: the default one belongs to whoever runs the tests.
     pub fn start(options: &[&str]) -> Self {
-        Self::run(Command::new(program()).args(options).stderr(Stdio::null()))
+        let store: &[&str] = if options.contains(&"--store") {
+            &[]
+        } else {
+            &["--store", "memory"]
+        };
+        let mut command = Self::command();
+        command.args(store).args(options);
+        Self::run(command)
     }
 
     /// As [`start`](Self::start), and writes what it has to say from this level on to `log`.
     pub fn start_with_log(level: &str, log: File) -> Self {
-        let mut program = Command::new(program());
-        program.env("RUST_LOG", level).env("NO_COLOR", "1");
-        Self::run(program.stderr(log))
+        let mut command = Self::command();
+        command.args(["--store", "memory"]).env("RUST_LOG", level);
+        command.env("NO_COLOR", "1").stderr(log);
+        Self::run(command)
     }
 
-    fn run(command: &mut Command) -> Self {
-        let mut child = command
-            .args(["--listen", "127.0.0.1:0"])
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the demo starts");
+    /// The server on a free port, to be given further options.
+    pub fn command() -> Command {
+        let mut command = Command::new(program());
+        command.args(["--listen", "127.0.0.1:0"]).stderr(Stdio::null());
+        command
+    }
+
+    /// Starts the server as this command says.
+    pub fn run(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("the demo starts");
         let mut output = BufReader::new(child.stdout.take().expect("its output is piped"));
         let mut line = String::new();
         output.read_line(&mut line).expect("it prints a line");

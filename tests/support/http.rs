@@ -61,6 +61,11 @@ pub fn post(path: &str, headers: &[(&str, &str)], body: impl Into<Bytes>) -> Req
 /// Sends one request over a connection of its own and reads the answer.
 pub async fn send(address: SocketAddr, request: Request<Full<Bytes>>) -> hyper::Result<Answer> {
     let stream = TcpStream::connect(address).await.expect("somebody listens");
+    send_over(stream, request).await
+}
+
+/// The same, over a connection that is there.
+pub async fn send_over(stream: TcpStream, request: Request<Full<Bytes>>) -> hyper::Result<Answer> {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let connection = tokio::spawn(connection);
     let answer = read(sender.send_request(request).await?).await;

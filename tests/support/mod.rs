@@ -8,5 +8,7 @@ pub mod demo;
 pub mod dice;
 pub mod faulty;
 pub mod http;
+#[cfg(all(feature = "file", feature = "testing"))]
+pub mod medium;
 pub mod midaspay;
 pub mod serve;

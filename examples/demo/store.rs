@@ -1,0 +1,94 @@
+//! Where records are kept, as the command line says.
+
+use std::{env, fs, path::PathBuf};
+
+use tower_idempotency::{AnyStore, FileStore, FileStoreErrorKind, MemoryStore};
+
+use crate::args;
+
+#[derive(Clone)]
+pub enum Store {
+    Memory(MemoryStore),
+    File { store: FileStore, path: PathBuf },
+}
+
+impl Store {
+    pub async fn open(choice: args::Store) -> Result<Self, String> {
+        match choice {
+            args::Store::Memory => Ok(Self::Memory(MemoryStore::new())),
+            args::Store::File(path) => Self::file(path).await,
+            args::Store::Default => Self::anywhere().await,
+        }
+    }
+
+    async fn file(path: PathBuf) -> Result<Self, String> {
+        match FileStore::open(&path).await {
+            Ok(store) => Ok(Self::File { store, path }),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// In the platform's data directory, or else in the temporary one.
+    async fn anywhere() -> Result<Self, String> {
+        let mut error = String::new();
+        for directory in data_directory().into_iter().chain([env::temp_dir()]) {
+            let directory = directory.join("tower-idempotency-demo");
+            let path = directory.join("store.redb");
+            if let Err(refused) = fs::create_dir_all(&directory) {
+                error = format!("{}: {refused}", directory.display());
+                continue;
+            }
+            match FileStore::open(&path).await {
+                Ok(store) => return Ok(Self::File { store, path }),
+                Err(refused) if refused.kind() == FileStoreErrorKind::NotAccessible => error = refused.to_string(),
+                Err(refused) if refused.kind() == FileStoreErrorKind::InUse => {
+                    return Err(format!("{refused}\nIs another demo running? Try --store memory."));
+                }
+                // What is wrong with a file that is there is for a person to know.
+                Err(refused) => return Err(refused.to_string()),
+            }
+        }
+        Err(error)
+    }
+
+    pub fn any(&self) -> AnyStore {
+        match self {
+            Self::Memory(store) => AnyStore::new(store.clone()),
+            Self::File { store, .. } => AnyStore::new(store.clone()),
+        }
+    }
+
+    pub fn records(&self) -> u64 {
+        match self {
+            Self::Memory(store) => store.len(),
+            Self::File { store, .. } => store.len(),
+        }
+    }
+
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Memory(store) => store.bytes(),
+            Self::File { path, .. } => fs::metadata(path).map_or(0, |metadata| metadata.len()),
+        }
+    }
+
+    pub async fn close(&self) {
+        if let Self::File { store, .. } = self {
+            store.close().await;
+        }
+    }
+}
+
+fn data_directory() -> Option<PathBuf> {
+    let variable = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home = || variable("HOME");
+    if cfg!(windows) {
+        variable("LOCALAPPDATA")
+    } else if cfg!(target_os = "macos") {
+        home().map(|home| home.join("Library/Application Support"))
+    } else {
+        // A relative path means nothing there, says its specification.
+        let data = variable("XDG_DATA_HOME").filter(|path| path.is_absolute());
+        data.or_else(|| home().map(|home| home.join(".local/share")))
+    }
+}

@@ -1,0 +1,112 @@
+//! A look at every record of a file, for people.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use http::StatusCode;
+use redb::{ReadableDatabase, ReadableTable};
+
+use super::{
+    FileStore,
+    batch::{RECORDS, decode},
+    clock::{Opening, StoreTime, SystemClock},
+    engine::{self, Backend},
+    error::FileStoreError,
+    frame::{NEVER, State},
+    open,
+};
+use crate::{codec::StoredResponse, record::RecordId};
+
+/// A record of a file as [`FileStore::inspect`] shows it. Neither its answer nor its owner is shown.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct FileRecord {
+    /// A hash over scope and key.
+    pub id: RecordId,
+    /// What became of the operation.
+    pub state: FileRecordState,
+    /// Which attempt it is: 1 for the first.
+    pub attempt: u64,
+    /// How long it has been in this state.
+    pub age: Duration,
+    /// When it expires; `None` if it never does.
+    pub expires_in: Option<Duration>,
+    /// The bytes of the record, its answer included.
+    pub bytes: usize,
+}
+
+/// What became of an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FileRecordState {
+    /// It was running when the file was closed. Nobody knows how it ended.
+    Abandoned,
+    /// It is done and was answered with this status.
+    Completed {
+        /// Of the answer.
+        status: StatusCode,
+        /// Whether there is an answer to replay.
+        kept: bool,
+    },
+    /// It is vacant and waits to be removed.
+    Expired,
+    /// Its bytes cannot be read.
+    Unreadable,
+}
+
+impl FileStore {
+    /// Shows every record of a file that no process has open, in the order of their ids. Blocks: it reads all of the
+    /// file. Nothing is changed, except that what a crash left is recovered as any opening does.
+    ///
+    /// # Errors
+    /// See [`FileStoreErrorKind`](crate::FileStoreErrorKind); a file that does not exist is not made.
+    pub fn inspect(path: impl AsRef<Path>, mut show: impl FnMut(FileRecord)) -> Result<(), FileStoreError> {
+        let path = path.as_ref();
+        std::fs::metadata(path).map_err(|source| FileStoreError::io(path, source))?;
+        let opening = Opening::now(Arc::new(SystemClock::new()));
+        let backend = Backend::new(Arc::new(open::disk(path, &opening.stamp())?));
+        let database =
+            engine::start(&backend, &engine::Settings::default()).map_err(|source| engine::not_opened(path, source))?;
+        let now = StoreTime::resume(&engine::read_stamp(&database, path)?, opening).now();
+        let failed = |source| engine::unreadable(path, source);
+        let snapshot = database.begin_read().map_err(|source| failed(source.into()))?;
+        let records = snapshot.open_table(RECORDS).map_err(|source| failed(source.into()))?;
+        for entry in records.iter().map_err(|source| failed(source.into()))? {
+            let (id, bytes) = entry.map_err(|source| failed(source.into()))?;
+            show(describe(RecordId::from_bytes(*id.value()), bytes.value(), now));
+        }
+        Ok(())
+    }
+}
+
+fn describe(id: RecordId, bytes: &[u8], now: u64) -> FileRecord {
+    let Ok(record) = decode(&id, bytes) else {
+        return FileRecord {
+            id,
+            state: FileRecordState::Unreadable,
+            attempt: 0,
+            age: Duration::ZERO,
+            expires_in: None,
+            bytes: bytes.len(),
+        };
+    };
+    let state = match record.state {
+        _ if record.vacant_at <= now => FileRecordState::Expired,
+        State::InProgress(_) => FileRecordState::Abandoned,
+        State::Completed(answer) => match StoredResponse::from_bytes(bytes::Bytes::copy_from_slice(answer)) {
+            Ok(response) => FileRecordState::Completed {
+                status: response.status(),
+                kept: response.is_kept(),
+            },
+            Err(_) => FileRecordState::Unreadable,
+        },
+    };
+    let expires_in = Duration::from_nanos(record.vacant_at.saturating_sub(now));
+    FileRecord {
+        id,
+        state,
+        attempt: record.fence,
+        age: Duration::from_nanos(now.saturating_sub(record.since)),
+        expires_in: (record.vacant_at != NEVER).then_some(expires_in),
+        bytes: bytes.len(),
+    }
+}

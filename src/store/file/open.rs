@@ -1,0 +1,115 @@
+//! From a path to a file that is ours alone.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self, ErrorKind},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{
+    clock::Stamp,
+    engine::{Backend, Settings, initialise, not_opened, start, unreadable},
+    error::{FileStoreError, FileStoreErrorKind},
+    medium::Disk,
+};
+
+/// Opens the file, which is made first, with this stamp, if there is none.
+pub(super) fn disk(path: &Path, first: &Stamp) -> Result<Disk, FileStoreError> {
+    let error = |source| FileStoreError::io(path, source);
+    // Somebody else may make the file, or clear up after making it, between any two steps.
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        match OpenOptions::new().read(true).write(true).open(path) {
+            Ok(file) => return existing(path, file),
+            Err(missing) if missing.kind() == ErrorKind::NotFound && attempts < 10 => make(path, first)?,
+            Err(source) => return Err(error(source)),
+        }
+    }
+}
+
+fn existing(path: &Path, file: File) -> Result<Disk, FileStoreError> {
+    lock(path, &file)?;
+    let metadata = file.metadata().map_err(|source| FileStoreError::io(path, source))?;
+    if !metadata.is_file() {
+        return Err(FileStoreError::new(
+            FileStoreErrorKind::NotAStore,
+            path,
+            "it is no file",
+        ));
+    }
+    // A file that we made is never empty, see below. This one has lost what was in it, and what was promised with it.
+    if metadata.len() == 0 {
+        let what = "it is empty; remove it if nothing was ever in it";
+        return Err(FileStoreError::new(FileStoreErrorKind::Damaged, path, what));
+    }
+    Ok(Disk::new(file, beside(path, ".spare")))
+}
+
+fn lock(path: &Path, file: &File) -> Result<(), FileStoreError> {
+    file.try_lock().map_err(|error| match error {
+        TryLockError::WouldBlock => FileStoreError::new(FileStoreErrorKind::InUse, path, "its file is locked"),
+        TryLockError::Error(source) => FileStoreError::io(path, source),
+    })
+}
+
+/// Makes the file under another name and gives it its own name when it is whole: nobody ever sees half of one.
+fn make(path: &Path, first: &Stamp) -> Result<(), FileStoreError> {
+    let error = |source| FileStoreError::io(path, source);
+    let unborn = beside(path, ".new");
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false);
+    let file = options.open(&unborn).map_err(error)?;
+    lock(path, &file)?;
+    // Whoever made the file held this lock until it had its name. If it has, this may be that very file.
+    if path.try_exists().map_err(error)? {
+        return fs::remove_file(&unborn).or_else(|gone| match gone.kind() {
+            ErrorKind::NotFound => Ok(()),
+            _ => Err(error(gone)),
+        });
+    }
+    // Answers are for whoever runs the server.
+    #[cfg(unix)]
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600))
+        .map_err(error)?;
+    // What a crash left; only whoever holds the lock may cut it.
+    file.set_len(0).map_err(error)?;
+    let backend = Backend::new(Arc::new(Disk::new(file, beside(path, ".spare"))));
+    let database = start(&backend, &Settings::default()).map_err(|source| not_opened(path, source))?;
+    initialise(&database, first).map_err(|source| unreadable(path, source))?;
+    database
+        .close()
+        .map_err(|source| FileStoreError::new(FileStoreErrorKind::Failed, path, source))?;
+    // A link, unlike a new name, never replaces what somebody else made meanwhile.
+    let named = match fs::hard_link(&unborn, path) {
+        Ok(()) => fs::remove_file(&unborn),
+        Err(exists) if exists.kind() == ErrorKind::AlreadyExists => fs::remove_file(&unborn),
+        // Somebody else made the file from the same beginnings: what is open here has no name any more.
+        Err(gone) if gone.kind() == ErrorKind::NotFound => Ok(()),
+        // There are file systems without links.
+        Err(_) => fs::rename(&unborn, path),
+    };
+    named.and_then(|()| sync_directory(path)).map_err(error)
+}
+
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
+}
+
+/// The name of a file is durable when its directory is.
+#[cfg(unix)]
+fn sync_directory(path: &Path) -> io::Result<()> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    File::open(directory)?.sync_all()
+}
+
+#[cfg(not(unix))]
+fn sync_directory(_: &Path) -> io::Result<()> {
+    Ok(())
+}

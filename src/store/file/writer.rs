@@ -1,0 +1,288 @@
+//! The one thread that writes: takes what waits, decides and applies it in one transaction, syncs, and only then
+//! answers.
+
+use std::{
+    mem,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, atomic::Ordering::SeqCst},
+    time::{Duration, Instant},
+};
+
+use redb::Database;
+
+use super::{
+    batch::Batch,
+    cache::Kept,
+    engine::{Backend, Broken, Failed, start, write_stamp},
+    frame::Time,
+    listeners::Wake,
+    queue::{Change, ChangeJob, MAX_BATCH, WriteJob},
+    shared::Shared,
+};
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    record::Begin,
+};
+
+pub(super) struct Writer {
+    pub(super) shared: Arc<Shared>,
+    backend: Backend,
+    /// The latest time that anything was decided at.
+    now: Time,
+    stamped: Time,
+    /// While the disk is full: the bytes that removed records made room for.
+    room: Option<u64>,
+    /// When there was last a try to get out of that.
+    tried: Time,
+    last: Last,
+}
+
+/// The batch before, from which the next one learns how long to wait for company.
+#[derive(Default)]
+struct Last {
+    jobs: usize,
+    took: Duration,
+}
+
+/// How often a full disk is tried again, and how often the time is written down.
+const SECOND: Time = 1_000_000_000;
+
+/// The longest wait for company; a sync takes longer on any medium where waiting pays.
+const PATIENCE: Duration = Duration::from_micros(500);
+
+/// The most expired records that one batch removes, so that no request waits for a purge.
+const MAX_PURGED: usize = 512;
+
+/// What became of a job.
+enum Outcome {
+    Begin(Result<Begin, StoreError>),
+    /// With what was kept, if that is what it did.
+    Change(Result<Option<Kept>, StoreError>),
+    /// Nobody waits for it any more, and nothing was done.
+    Skipped,
+}
+
+impl Writer {
+    pub(super) fn new(shared: Arc<Shared>, backend: Backend) -> Self {
+        let now = shared.time.began();
+        let room = backend.spare.is_short().then_some(0);
+        Self {
+            shared,
+            backend,
+            now,
+            stamped: now,
+            room,
+            tried: now,
+            last: Last::default(),
+        }
+    }
+
+    /// Until the queue is closed and empty.
+    pub(super) fn run(mut self) {
+        let mut jobs = Vec::new();
+        loop {
+            // One alone never waits; many, that come back one after the other once they were answered, share a sync.
+            let expected = if self.last.jobs > 1 { self.last.jobs } else { 0 };
+            let patience = (self.last.took / 8).min(PATIENCE);
+            if !self.shared.writes.take(&mut jobs, MAX_BATCH, expected, patience) {
+                break;
+            }
+            let started = Instant::now();
+            self.last.jobs = jobs.len();
+            let batch = mem::take(&mut jobs);
+            if catch_unwind(AssertUnwindSafe(|| self.batch(batch))).is_err() {
+                self.shared.fail(None);
+            }
+            self.last.took = started.elapsed();
+        }
+        let Self { shared, backend, .. } = self;
+        shared.close_database();
+        backend.spare.give_back();
+        // The lock goes with the medium, and only then may the file be opened again.
+        drop(backend);
+        shared.closed.send_replace(true);
+    }
+
+    fn batch(&mut self, mut jobs: Vec<WriteJob>) {
+        if let Some(broken) = self.shared.broken.get() {
+            return refuse(jobs, || broken.clone().into());
+        }
+        self.now = jobs.iter().map(asked).fold(self.now, Time::max);
+        self.try_to_recover();
+        let result = match &*self.shared.database() {
+            Some(database) => apply(self.now, self.stamped, self.room, &self.shared, database, &mut jobs),
+            None => return refuse(jobs, || StoreErrorKind::Unavailable.into()),
+        };
+        match result {
+            Ok(applied) => {
+                if applied.stamped {
+                    self.stamped = self.now;
+                }
+                // The spare may have been used for this very batch.
+                self.room = match applied.room {
+                    None if self.backend.spare.is_short() => Some(0),
+                    room => room,
+                };
+                for (job, outcome) in jobs.into_iter().zip(applied.outcomes) {
+                    self.tell(job, outcome);
+                }
+            }
+            Err(error) => {
+                let error = self.failed(error);
+                refuse(jobs, || error.clone().into());
+            }
+        }
+    }
+
+    /// Whether the batch was applied is not known: a commit may have failed after its last byte.
+    fn failed(&mut self, error: redb::Error) -> Broken {
+        let cause = Arc::new(error);
+        let broken = Broken {
+            file: Arc::clone(&self.shared.file),
+            cause: Some(Arc::clone(&cause)),
+        };
+        match self.backend.take_failure() {
+            Some(Failed::Full) => {
+                tracing::warn!(%cause, "the disk is full: the idempotency store opens its file again");
+                self.room = Some(0);
+                self.reopen();
+            }
+            Some(Failed::Unknown) | None => drop(self.shared.fail(Some(cause))),
+        }
+        broken
+    }
+
+    /// redb takes no more work after any error. After one that was only for want of room its file is as good as ever.
+    fn reopen(&mut self) {
+        let mut database = self.shared.database_mut();
+        drop(database.take());
+        self.backend.take_failure();
+        match start(&self.backend, &self.shared.settings) {
+            Ok(opened) => *database = Some(opened),
+            Err(error) if self.backend.take_failure() == Some(Failed::Full) => {
+                tracing::warn!(%error, "the disk is full: the idempotency store cannot be opened");
+            }
+            Err(error) => drop(self.shared.fail(Some(Arc::new(error.into())))),
+        }
+    }
+
+    /// While the disk is full, once a second.
+    fn try_to_recover(&mut self) {
+        if self.room.is_none() || self.now.saturating_sub(self.tried) < SECOND {
+            return;
+        }
+        self.tried = self.now;
+        if self.shared.database().is_none() {
+            self.reopen();
+        }
+        if self.backend.spare.hold() {
+            tracing::info!("the disk has room again: the idempotency store takes new keys");
+            self.room = None;
+        }
+    }
+
+    /// Listeners first: whoever hears that a change is made can count on them to know.
+    fn tell(&self, job: WriteJob, outcome: Outcome) {
+        match (job, outcome) {
+            (WriteJob::Begin(mut job), Outcome::Begin(result)) => job.answer(result),
+            (WriteJob::Change(job), Outcome::Change(result)) => {
+                let result = result.map(|kept| self.publish(&job, kept));
+                // The attempt ends the same way whether or not anybody hears of it.
+                let _ = job.answer.send(result);
+            }
+            _ => {}
+        }
+    }
+
+    fn publish(&self, job: &ChangeJob, kept: Option<Kept>) {
+        let id = job.lease.id;
+        let wake = match &job.change {
+            Change::Renew(_) => return,
+            Change::Release => Wake::One,
+            Change::Abandon | Change::Complete(..) => Wake::All,
+        };
+        if let Some(kept) = kept {
+            self.shared.cache.put(id, kept);
+        }
+        self.shared.listeners.wake(&id, wake);
+    }
+}
+
+struct Applied {
+    outcomes: Vec<Outcome>,
+    room: Option<u64>,
+    stamped: bool,
+}
+
+/// All of a batch, or nothing of it.
+fn apply(
+    now: Time,
+    stamped: Time,
+    room: Option<u64>,
+    shared: &Shared,
+    database: &Database,
+    jobs: &mut [WriteJob],
+) -> Result<Applied, redb::Error> {
+    let mut transaction = database.begin_write()?;
+    transaction.set_quick_repair(shared.settings.quick_recovery);
+    let mut outcomes = Vec::with_capacity(jobs.len());
+    let mut batch = Batch::new(&transaction, shared.time.run(), room)?;
+    let purged = (jobs.len() * 2 + 8).min(MAX_PURGED);
+    if room.is_some() {
+        // First: it makes room.
+        batch.purge(now, purged)?;
+    }
+    for job in jobs {
+        outcomes.push(match job {
+            WriteJob::Begin(job) if job.is_gone() => Outcome::Skipped,
+            WriteJob::Begin(job) => {
+                let result = batch.begin(job, now)?;
+                if batch.changed() {
+                    Outcome::Begin(result)
+                } else {
+                    // It saw nothing but what is durable, and changed nothing: no sync has to come before its answer.
+                    job.answer(result);
+                    Outcome::Skipped
+                }
+            }
+            WriteJob::Change(job) => Outcome::Change(batch.change(job, now)?),
+        });
+    }
+    if room.is_none() && batch.changed() {
+        batch.purge(now, purged)?;
+    }
+    let (changed, room, records) = (batch.changed(), batch.room(), batch.records()?);
+    drop(batch);
+    let stamped = changed && now.saturating_sub(stamped) >= SECOND;
+    if stamped {
+        write_stamp(&transaction, &shared.time.stamp(now))?;
+    }
+    if changed {
+        // Durable when it returns: redb syncs.
+        transaction.commit()?;
+        shared.records.store(records, SeqCst);
+    } else {
+        transaction.abort()?;
+    }
+    Ok(Applied {
+        outcomes,
+        room,
+        stamped,
+    })
+}
+
+fn asked(job: &WriteJob) -> Time {
+    match job {
+        WriteJob::Begin(job) => job.asked,
+        WriteJob::Change(job) => job.asked,
+    }
+}
+
+fn refuse(jobs: Vec<WriteJob>, error: impl Fn() -> StoreError) {
+    for job in jobs {
+        match job {
+            WriteJob::Begin(mut job) => job.answer(Err(error())),
+            WriteJob::Change(job) => drop(job.answer.send(Err(error()))),
+        }
+    }
+}

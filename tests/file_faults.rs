@@ -1,0 +1,625 @@
+//! Bad days of a file store: media that fail, a disk that is full, files that are not what they should be.
+#![cfg(all(feature = "file", feature = "testing"))]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::{error::Error, path::Path, time::Duration};
+
+use http::StatusCode;
+use sha2::{Digest, Sha256};
+use support::medium::{Calls, Failing, TestClock};
+use tower_idempotency::{
+    Begin, Claim, FileStore, FileStoreError, FileStoreErrorKind, Fingerprint, Lease, Owner, RecordId, Retention, Store,
+    StoreError, StoreErrorKind, StoredResponse,
+};
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+fn id(number: u64) -> RecordId {
+    RecordId::from_bytes(Sha256::digest(number.to_le_bytes()).into())
+}
+
+fn claim() -> Claim {
+    let owner = Owner::random().unwrap();
+    let fingerprint = Fingerprint::new(1, [1; 32]);
+    Claim::new(fingerprint, owner, Duration::from_secs(60), Retention::For(DAY))
+}
+
+fn response(number: u64, length: usize) -> StoredResponse {
+    let mut bytes = vec![1, 0, 201, 0];
+    bytes.extend([0; 8]);
+    bytes.extend((length as u64).to_le_bytes());
+    bytes.extend((0..length).map(|at| (at as u64 * 7 + number) as u8));
+    StoredResponse::from_bytes(bytes.into()).unwrap()
+}
+
+async fn open(medium: &Failing, clock: &TestClock) -> Result<FileStore, FileStoreError> {
+    let builder = FileStore::builder("simulated")
+        .medium(medium.clone())
+        .clock(clock.clone());
+    // Small, so that the medium is read, and without answers in memory.
+    builder.cache_bytes(64 << 10).replay_bytes(0).open().await
+}
+
+async fn acquire(store: &FileStore, number: u64) -> Result<Lease, StoreError> {
+    match store.begin(&id(number), &claim()).await? {
+        Begin::Acquired(lease) => Ok(lease),
+        other => panic!("{number} was to be acquired, not {other:?}"),
+    }
+}
+
+async fn is_completed(store: &FileStore, number: u64, response: &StoredResponse) -> bool {
+    match store.begin(&id(number), &claim()).await.unwrap() {
+        Begin::Completed { response: kept, .. } => kept == *response,
+        _ => false,
+    }
+}
+
+fn said(error: &StoreError) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// Claims and completes until something fails; says what was acknowledged, and that everything fails from then on.
+async fn work_until_it_fails(store: &FileStore) -> Vec<u64> {
+    let mut completed = Vec::new();
+    for number in 0..12 {
+        let step = async {
+            let lease = acquire(store, number).await?;
+            store
+                .complete(&lease, &response(number, 3000), Retention::Forever)
+                .await?;
+            Ok::<_, StoreError>(lease)
+        };
+        match step.await {
+            Ok(_) => completed.push(number),
+            Err(error) => {
+                assert_eq!(error.kind(), StoreErrorKind::Unavailable, "{error:?}");
+                everything_says_so(store).await;
+                break;
+            }
+        }
+        let replayed = store.begin(&id(number / 2), &claim()).await;
+        if let Err(error) = replayed {
+            assert_eq!(error.kind(), StoreErrorKind::Unavailable, "{error:?}");
+            everything_says_so(store).await;
+            break;
+        }
+    }
+    completed
+}
+
+async fn everything_says_so(store: &FileStore) {
+    let lease = Lease::new(id(0), Owner::random().unwrap(), 1);
+    let answer = response(0, 10);
+    for result in [
+        store.begin(&id(0), &claim()).await.map(drop),
+        store.begin(&id(1000), &claim()).await.map(drop),
+        store.complete(&lease, &answer, Retention::Forever).await,
+        store.renew(&lease, DAY).await,
+        store.release(&lease).await,
+        store.abandon(&lease).await,
+    ] {
+        let error = result.unwrap_err();
+        assert_eq!(error.kind(), StoreErrorKind::Unavailable);
+        assert!(
+            said(&error).contains("simulated failed and takes no more work until it is opened again"),
+            "{}",
+            said(&error)
+        );
+    }
+}
+
+#[tokio::test]
+async fn an_error_at_any_call_to_the_medium_loses_nothing_and_is_told_from_then_on() {
+    for calls in [Calls::All, Calls::Reads, Calls::Writes, Calls::Syncs] {
+        let mut after = 0;
+        let mut failed_while_open = 0;
+        loop {
+            let (medium, clock) = (Failing::default(), TestClock::new());
+            // A file gets its name once it is whole, so the medium is made before it begins to fail.
+            open(&medium, &clock).await.unwrap().close().await;
+            medium.fail(calls, after);
+            let completed = match open(&medium, &clock).await {
+                Ok(store) => {
+                    let completed = work_until_it_fails(&store).await;
+                    store.close().await;
+                    failed_while_open += usize::from(completed.len() < 12);
+                    completed
+                }
+                Err(error) => {
+                    assert_eq!(
+                        error.kind(),
+                        FileStoreErrorKind::Failed,
+                        "{calls:?} after {after}: {error}"
+                    );
+                    assert!(error.to_string().contains("simulated"), "{error}");
+                    Vec::new()
+                }
+            };
+            medium.heal();
+            let store = open(&medium, &clock)
+                .await
+                .unwrap_or_else(|error| panic!("{calls:?} after {after}: {error}"));
+            for number in &completed {
+                let kept = is_completed(&store, *number, &response(*number, 3000)).await;
+                assert!(kept, "{number} was lost with {calls:?} after {after}");
+            }
+            if completed.len() == 12 {
+                break;
+            }
+            after += 1;
+        }
+        assert!(
+            failed_while_open >= 10,
+            "only {failed_while_open} of the failures were those of {calls:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_failed_sync_is_the_end_until_the_file_is_opened_again() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    // With answers in memory: those say so as well.
+    let builder = FileStore::builder("simulated")
+        .medium(medium.clone())
+        .clock(clock.clone());
+    let store = builder.open().await.unwrap();
+    let lease = acquire(&store, 0).await.unwrap();
+    store
+        .complete(&lease, &response(0, 10), Retention::Forever)
+        .await
+        .unwrap();
+    let running = acquire(&store, 1).await.unwrap();
+    medium.fail_once(Calls::Syncs);
+    let error = store
+        .complete(&running, &response(1, 10), Retention::Forever)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error.kind(),
+        StoreErrorKind::Unavailable,
+        "nobody knows whether it was applied"
+    );
+    // The next sync would say that all is well: what the failed one lost stays lost.
+    everything_says_so(&store).await;
+    assert!(
+        said(&acquire(&store, 5).await.unwrap_err()).contains("injected"),
+        "and why"
+    );
+    store.close().await;
+    let store = open(&medium, &clock).await.unwrap();
+    assert!(is_completed(&store, 0, &response(0, 10)).await);
+}
+
+const MIB: u64 = 1 << 20;
+
+/// Fills a disk of 40 MiB with answers until one is refused.
+async fn fill(store: &FileStore, retention: Duration) -> u64 {
+    for number in 1000.. {
+        let lease = match acquire(store, number).await {
+            Ok(lease) => lease,
+            Err(error) => {
+                assert_eq!(error.kind(), StoreErrorKind::Full, "{}", said(&error));
+                return number;
+            }
+        };
+        let answer = response(number, 100_000);
+        match store.complete(&lease, &answer, Retention::For(retention)).await {
+            Ok(()) => {}
+            Err(error) => {
+                assert_eq!(error.kind(), StoreErrorKind::Full, "{}", said(&error));
+                let not_kept = StoredResponse::not_kept(StatusCode::CREATED);
+                store
+                    .complete(&lease, &not_kept, Retention::For(retention))
+                    .await
+                    .unwrap();
+                return number;
+            }
+        }
+    }
+    unreachable!()
+}
+
+#[tokio::test]
+async fn a_full_disk_refuses_claims_ends_what_is_in_flight_replays_and_recovers() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    medium.room(40 * MIB);
+    let store = open(&medium, &clock).await.unwrap();
+    let running = [0, 1, 2, 3].map(|number| acquire(&store, number));
+    let [kept, renewed, released, abandoned] = running;
+    let (kept, renewed) = (kept.await.unwrap(), renewed.await.unwrap());
+    let (released, abandoned) = (released.await.unwrap(), abandoned.await.unwrap());
+    let refused = fill(&store, DAY).await;
+    assert!(refused > 1050, "only {} answers found room", refused - 1000);
+    let running = store.begin(&id(1), &claim()).await.unwrap();
+    assert!(
+        matches!(running, Begin::InProgress { .. }),
+        "a duplicate is told what it is told on any day"
+    );
+    assert_eq!(acquire(&store, 9000).await.unwrap_err().kind(), StoreErrorKind::Full);
+    let large = store
+        .complete(&kept, &response(0, 100_000), Retention::For(DAY))
+        .await
+        .unwrap_err();
+    assert_eq!(large.kind(), StoreErrorKind::Full);
+    let not_kept = StoredResponse::not_kept(StatusCode::CREATED);
+    store.complete(&kept, &not_kept, Retention::For(DAY)).await.unwrap();
+    store.renew(&renewed, DAY).await.unwrap();
+    store.release(&released).await.unwrap();
+    store.abandon(&abandoned).await.unwrap();
+    assert!(is_completed(&store, 0, &not_kept).await);
+    for number in 1000..refused {
+        assert!(
+            is_completed(&store, number, &response(number, 100_000)).await,
+            "{number} is readable"
+        );
+    }
+    // Somebody makes room.
+    medium.room(80 * MIB);
+    clock.pass(Duration::from_secs(2));
+    assert_eq!(acquire(&store, 9000).await.unwrap().fence, 1);
+    let lease = acquire(&store, 9001).await.unwrap();
+    store
+        .complete(&lease, &response(9001, 100_000), Retention::For(DAY))
+        .await
+        .unwrap();
+    store.close().await;
+    let store = open(&medium, &clock).await.unwrap();
+    assert!(is_completed(&store, 1000, &response(1000, 100_000)).await);
+    assert!(is_completed(&store, 9001, &response(9001, 100_000)).await);
+}
+
+#[tokio::test]
+async fn on_a_full_disk_what_expires_makes_room() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    medium.room(40 * MIB);
+    let store = open(&medium, &clock).await.unwrap();
+    fill(&store, Duration::from_secs(600)).await;
+    assert_eq!(acquire(&store, 9000).await.unwrap_err().kind(), StoreErrorKind::Full);
+    // Others took what the spare gave back: the disk stays full.
+    medium.others_leave(0);
+    clock.pass(Duration::from_secs(1000));
+    // The first ones pay for the purge of what comes after them.
+    let mut refused = 0;
+    let lease = loop {
+        match acquire(&store, 9100).await {
+            Ok(lease) => break lease,
+            Err(error) => assert_eq!(error.kind(), StoreErrorKind::Full, "{}", said(&error)),
+        }
+        refused += 1;
+        assert!(refused < 100, "nothing was purged");
+    };
+    store
+        .complete(&lease, &response(9100, 1000), Retention::For(DAY))
+        .await
+        .unwrap();
+    assert!(is_completed(&store, 9100, &response(9100, 1000)).await);
+}
+
+#[tokio::test]
+async fn a_disk_that_others_fill_to_the_last_byte_loses_nothing_and_recovers() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    medium.room(200 * MIB);
+    let store = open(&medium, &clock).await.unwrap();
+    let mut kept = Vec::new();
+    let (mut refused, mut unknown) = (0, 0);
+    for number in 0..300 {
+        if number == 100 {
+            // The spare goes to others as well.
+            medium.others_leave(0);
+            medium.others_are_greedy();
+        }
+        clock.pass(Duration::from_millis(100));
+        let answer = response(number, 30_000);
+        let step = async {
+            let lease = acquire(&store, number).await?;
+            store.complete(&lease, &answer, Retention::For(DAY)).await
+        };
+        match step.await {
+            Ok(()) => kept.push(number),
+            Err(error) if error.kind() == StoreErrorKind::Full => refused += 1,
+            Err(error) => {
+                assert_eq!(error.kind(), StoreErrorKind::Unavailable, "{}", said(&error));
+                unknown += 1;
+            }
+        }
+        // What was kept is replayed all the while.
+        let earlier = kept[number as usize % kept.len()];
+        assert!(
+            is_completed(&store, earlier, &response(earlier, 30_000)).await,
+            "{earlier} was lost at {number}"
+        );
+    }
+    assert!(
+        unknown >= 1 && refused > 100,
+        "{unknown} failed and {refused} were refused"
+    );
+    assert!(
+        unknown <= 3,
+        "{unknown} calls failed for what is known to be want of room"
+    );
+    medium.room(400 * MIB);
+    clock.pass(Duration::from_secs(2));
+    let lease = acquire(&store, 9000).await.unwrap();
+    store
+        .complete(&lease, &response(9000, 30_000), Retention::For(DAY))
+        .await
+        .unwrap();
+    for number in kept {
+        assert!(
+            is_completed(&store, number, &response(number, 30_000)).await,
+            "{number} was lost"
+        );
+    }
+}
+
+#[tokio::test]
+async fn where_no_room_can_be_set_aside_the_store_does_without_until_the_disk_is_full() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    medium.room(10 * MIB);
+    medium.without_spare();
+    let store = open(&medium, &clock).await.unwrap();
+    let mut kept = Vec::new();
+    let mut full = false;
+    for number in 0..400 {
+        let answer = response(number, 50_000);
+        let step = async {
+            let lease = acquire(&store, number).await?;
+            store.complete(&lease, &answer, Retention::For(DAY)).await
+        };
+        match step.await {
+            Ok(()) => kept.push(number),
+            Err(error) => full |= error.kind() == StoreErrorKind::Full,
+        }
+    }
+    assert!(kept.len() > 50 && full, "{} were kept", kept.len());
+    for number in &kept {
+        assert!(
+            is_completed(&store, *number, &response(*number, 50_000)).await,
+            "{number} was lost"
+        );
+    }
+    medium.room(100 * MIB);
+    clock.pass(Duration::from_secs(2));
+    acquire(&store, 9000).await.unwrap();
+}
+
+// ---- files that are not what they should be
+
+async fn refused(path: &Path) -> FileStoreError {
+    let error = FileStore::open(path).await.expect_err("it must not open");
+    let name = path.display().to_string();
+    assert!(error.to_string().contains(&name), "{error} does not name {name}");
+    assert_eq!(error.path(), path);
+    error
+}
+
+/// A closed file with a few hundred answers.
+async fn filled(path: &Path) {
+    let store = FileStore::open(path).await.unwrap();
+    for number in 0..100 {
+        let lease = acquire(&store, number).await.unwrap();
+        store
+            .complete(&lease, &response(number, 2000), Retention::Forever)
+            .await
+            .unwrap();
+    }
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_file_that_is_open_is_refused_by_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.redb");
+    let store = FileStore::open(&path).await.unwrap();
+    let error = refused(&path).await;
+    assert_eq!(error.kind(), FileStoreErrorKind::InUse);
+    let lease = acquire(&store, 1).await.unwrap();
+    store.release(&lease).await.unwrap();
+    store.close().await;
+    FileStore::open(&path).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_place_that_cannot_be_written_is_refused_by_name() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("file"), "x").unwrap();
+    for path in [
+        directory.path().join("missing/store.redb"),
+        directory.path().join("file/store.redb"),
+        directory.path().to_owned(),
+    ] {
+        assert_eq!(
+            refused(&path).await.kind(),
+            FileStoreErrorKind::NotAccessible,
+            "{path:?}"
+        );
+    }
+    #[cfg(target_os = "linux")]
+    {
+        // Nobody writes there, whatever rights the test has.
+        let kind = refused(Path::new("/proc/self/store.redb")).await.kind();
+        assert_eq!(kind, FileStoreErrorKind::NotAccessible);
+    }
+}
+
+#[tokio::test]
+async fn a_file_of_something_else_is_refused_and_left_as_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("notes.txt");
+    for content in [
+        &b"x"[..],
+        b"Remember the milk, and the eggs.",
+        &[0; 100_000],
+        &[0xff; 5000],
+    ] {
+        std::fs::write(&path, content).unwrap();
+        assert_eq!(refused(&path).await.kind(), FileStoreErrorKind::NotAStore);
+        assert_eq!(std::fs::read(&path).unwrap(), content);
+    }
+    std::fs::remove_file(&path).unwrap();
+    const OTHER: redb::TableDefinition<&str, &str> = redb::TableDefinition::new("recipes");
+    let other = redb::Database::create(&path).unwrap();
+    let transaction = other.begin_write().unwrap();
+    transaction.open_table(OTHER).unwrap().insert("a", "b").unwrap();
+    transaction.commit().unwrap();
+    drop(other);
+    assert_eq!(refused(&path).await.kind(), FileStoreErrorKind::NotAStore);
+}
+
+#[tokio::test]
+async fn a_file_that_was_cut_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.redb");
+    filled(&path).await;
+    let whole = std::fs::read(&path).unwrap();
+    let length = whole.len();
+    for cut in [
+        0,
+        1,
+        8,
+        100,
+        319,
+        320,
+        4095,
+        4096,
+        8192,
+        72 << 10,
+        length / 2,
+        length - 4096,
+        length - 1,
+    ] {
+        std::fs::write(&path, &whole[..cut]).unwrap();
+        let kind = refused(&path).await.kind();
+        let expected = if (1..9).contains(&cut) {
+            FileStoreErrorKind::NotAStore
+        } else {
+            FileStoreErrorKind::Damaged
+        };
+        assert_eq!(kind, expected, "cut at {cut} of {length}");
+    }
+    std::fs::write(&path, &whole).unwrap();
+    FileStore::open(&path).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_newer_version_is_refused() {
+    const ABOUT: redb::TableDefinition<&str, &[u8]> = redb::TableDefinition::new("store");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.redb");
+    filled(&path).await;
+    let write = |key, value: &[u8]| {
+        let database = redb::Database::open(&path).unwrap();
+        let transaction = database.begin_write().unwrap();
+        transaction.open_table(ABOUT).unwrap().insert(key, value).unwrap();
+        transaction.commit().unwrap();
+    };
+    write("format", b"tower-idempotency\x02");
+    assert_eq!(refused(&path).await.kind(), FileStoreErrorKind::NewerVersion);
+    write("format", b"tower-idempotency\x01");
+    write("time", &[2; 70]);
+    assert_eq!(refused(&path).await.kind(), FileStoreErrorKind::NewerVersion);
+    write("time", &[1; 70]);
+    assert_eq!(refused(&path).await.kind(), FileStoreErrorKind::Damaged);
+}
+
+/// Changes the bytes of one record, wherever they are, as bad memory or a bad disk does.
+async fn damaged(change: impl Fn(&mut [u8])) -> Result<Begin, StoreError> {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    let store = open(&medium, &clock).await.unwrap();
+    let lease = acquire(&store, 7).await.unwrap();
+    let answer = response(7, 3000);
+    store.complete(&lease, &answer, Retention::Forever).await.unwrap();
+    store.close().await;
+    medium.change(|bytes| {
+        let body = answer.as_bytes();
+        let places: Vec<_> = (0..bytes.len() - body.len())
+            .filter(|at| bytes[*at..].starts_with(body))
+            .collect();
+        assert!(!places.is_empty(), "it is in the file");
+        // The record's own bytes begin 71 before those of its answer.
+        places
+            .iter()
+            .for_each(|at| change(&mut bytes[*at - 71..*at + body.len()]));
+    });
+    let store = open(&medium, &clock).await.unwrap();
+    let found = store.begin(&id(7), &claim()).await;
+    // Nor by its owner, nor by a purge.
+    assert!(store.release(&lease).await.is_err());
+    clock.pass(DAY * 1000);
+    acquire(&store, 8).await.unwrap();
+    assert!(
+        store.begin(&id(7), &claim()).await.is_err(),
+        "it is not vacant later either"
+    );
+    found
+}
+
+#[tokio::test]
+async fn a_record_with_a_flipped_bit_is_an_error_and_never_vacant_or_another_answer() {
+    for at in (0..3000).step_by(97).chain([1, 2, 5, 6, 30, 70, 71, 72]) {
+        let error = damaged(|record| record[at] ^= 0x10).await.unwrap_err();
+        let expected = if at == 0 {
+            StoreErrorKind::NewerVersion
+        } else {
+            StoreErrorKind::Corrupt
+        };
+        assert_eq!(error.kind(), expected, "byte {at}");
+    }
+}
+
+#[tokio::test]
+async fn a_verified_opening_finds_a_flipped_bit_anywhere() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    let store = open(&medium, &clock).await.unwrap();
+    for number in 0..60 {
+        let lease = acquire(&store, number).await.unwrap();
+        store
+            .complete(&lease, &response(number, 1000), Retention::Forever)
+            .await
+            .unwrap();
+    }
+    store.close().await;
+    let whole = medium.bytes();
+    for bit in (0..whole.len() * 8).step_by(4099) {
+        let mut bytes = whole.clone();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        let medium = Failing::with(bytes);
+        let opened = FileStore::builder("simulated")
+            .medium(medium)
+            .clock(clock.clone())
+            .verify(true)
+            .open()
+            .await;
+        // A bit of a page that nothing is in harms nothing.
+        if let Ok(store) = opened {
+            for number in 0..60 {
+                assert!(
+                    is_completed(&store, number, &response(number, 1000)).await,
+                    "bit {bit}: {number}"
+                );
+            }
+        }
+    }
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_new_file_is_for_its_owner_alone() {
+    use std::os::unix::fs::MetadataExt;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.redb");
+    // What was left of an earlier try is no store, and in nobody's way.
+    std::fs::write(directory.path().join("store.redb.new"), "half of one").unwrap();
+    let store = FileStore::open(&path).await.unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o077, 0);
+    store.close().await;
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+}
