@@ -22,7 +22,8 @@ use crate::{
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Guarantee {
-    /// It is never run again. Its duplicates are told that the outcome is unknown until the record expires.
+    /// It is not run again while its record is kept: its duplicates are told that the outcome is unknown. Once the
+    /// record has [expired](crate::IdempotencyLayer::retention), the same key is a new operation.
     #[default]
     AtMostOnce,
     /// The next duplicate runs it again, with [`Attempt::number`](crate::Attempt::number) one higher. For handlers that

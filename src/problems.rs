@@ -50,12 +50,12 @@
 //! **409.** The first request with this key is still running. Send the request again after `Retry-After`.
 //!
 //! ## outcome-unknown
-//! **409.** The first request with this key ended without a known outcome, and will not be run again: it may have had
-//! its effect. Find out by other means; sending it again does not help.
+//! **409.** The first request with this key ended without a known outcome, and is not run again while the
+//! server remembers it: it may have had its effect. Find out by other means; sending it again does not help.
 //!
 //! ## response-not-kept
 //! **409.** The operation is done. Its answer, of status `original_status`, was a stream or was too large to keep, or
-//! the store had no room for it.
+//! the store had no room for it, or the server does not keep answers of its kind.
 //! Sending it again does not help.
 //!
 //! ## store-unavailable

@@ -95,7 +95,13 @@ impl KeySource {
     /// [`KeyReused`](RejectionKind::KeyReused), one with two equal ones at one pointer as
     /// [`KeyRepeated`](RejectionKind::KeyRepeated), one where an element lacks its key as
     /// [`KeyMissing`](RejectionKind::KeyMissing). They are free again, or taken for good, together with the operation's
-    /// own. An array that is not there has no elements.
+    /// own. A key is refused, too, while the other operation still runs and may yet free it.
+    ///
+    /// An array that is not there, or is `null`, has no elements: **a misspelled pointer claims nothing, and nothing
+    /// says so**. Test that a key which two operations share is refused.
+    ///
+    /// The keys belong to the same tenant and operation as the operation's own: to have them unique across routes, give
+    /// these one [`operation`](crate::IdempotencyLayer::operation).
     ///
     /// The rules for keys hold for each of them; [`max_keys`](crate::IdempotencyLayer::max_keys) limits how many. The
     /// same characters at two pointers, or in the operation's own key, are different keys. A request without a key of

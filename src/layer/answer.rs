@@ -14,7 +14,8 @@ use crate::{
 
 impl IdempotencyLayer {
     /// How long a completed operation is remembered, from its completion. After that its key is free, and **a retry
-    /// runs again**: keep it longer than the slowest client retries. Default: 24 hours.
+    /// runs again**: keep it longer than the slowest client retries. Called after [`route`](Self::route) it replaces
+    /// the routes' spans, too. Default: 24 hours.
     /// New records only: those that exist keep theirs. Under [`Retention::Forever`] nothing is ever forgotten, an
     /// operation whose outcome is unknown included, and the store grows for good.
     ///
@@ -94,7 +95,9 @@ impl IdempotencyLayer {
         self.set(|policy| policy.replay_marker = marker.clone())
     }
 
-    /// The status of replays, in place of the first answer's: some APIs tell by a 409 that the answer is an old one.
+    /// The status of replays, in place of the first answer's: some APIs tell by a 409 that the answer is an old one. It
+    /// replaces the status of kept failures, too: with a 2xx a kept 402 reads as a success. Give such a one by
+    /// [`replay_as`](Self::replay_as), to successes alone.
     /// In place of [`replay_as`](Self::replay_as). Default: the first answer's.
     ///
     /// # Panics

@@ -62,12 +62,14 @@ impl IdempotencyLayer {
     ///
     /// Where such a header cannot be read, or has not each of the parameters once, the request is refused as
     /// [`ScopeMissing`](crate::RejectionKind::ScopeMissing). An `Authorization` of another scheme counts as a whole,
-    /// and its absence as such, as by default. Scheme and names are compared without regard to case.
+    /// and its absence as such, as by default: **a caller who signs anew under another scheme is a new tenant for each
+    /// attempt**, so refuse other schemes above this layer. One `tracing` warning per process tells of the first.
+    /// Scheme and names are compared without regard to case; values may be quoted or bare.
     ///
     /// Nothing here checks a signature: the layer that does stands above this one.
     ///
     /// # Panics
-    /// If there is no parameter.
+    /// If there is no parameter, or the scheme is not the name of one, such as with a space in it.
     #[must_use]
     pub fn scope_authorization<'a>(self, scheme: &str, parameters: impl IntoIterator<Item = &'a str>) -> Self {
         let parameters: Arc<[_]> = parameters.into_iter().map(Box::from).collect();
@@ -75,6 +77,9 @@ impl IdempotencyLayer {
             !parameters.is_empty(),
             "without parameters all callers would share one scope"
         );
+        // Schemes and the names of headers are tokens, both.
+        let is_scheme = HeaderName::from_bytes(scheme.as_bytes()).is_ok();
+        assert!(is_scheme, "{scheme:?} is not an authorization scheme");
         self.tenant(Tenant::AuthorizationParameters(scheme.into(), parameters))
     }
 
@@ -93,7 +98,9 @@ impl IdempotencyLayer {
     }
 
     /// What the scope calls the operation, in place of the matched route: one name for all routes that make the same
-    /// kind of thing. A [`Scope`] that names its operation itself goes first. Default: the matched route.
+    /// kind of thing. Their keys are one namespace then, but the path stays in the fingerprint: the same key on another
+    /// route of the operation is refused, not replayed. A [`Scope`] that names its operation itself goes first.
+    /// Default: the matched route.
     #[must_use]
     pub fn operation(self, name: impl Into<Arc<str>>) -> Self {
         let name = name.into();

@@ -23,8 +23,9 @@ use crate::{
 /// Makes the service below it safe to retry: see the [crate's documentation](crate).
 ///
 /// Every setter says its default, which is right for money. Clones share the store; a setter called on a clone changes
-/// that clone alone, so routes can differ. Put one of them on each route: where two cover a request the outer one
-/// decides, and the inner one does nothing.
+/// that clone alone, so routes can differ. Put one of them on each route. **Two on one request are dangerous**: the
+/// outer one decides and the inner one does nothing, so a client that adds the outer one's key switches off the inner
+/// one, with its [`require_key`](Self::require_key) and its scope.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -70,7 +71,8 @@ impl IdempotencyLayer {
     /// Settings of the requests whose path this is, over those of all others. `pattern` is a route as axum writes it:
     /// `/refunds`, `/orders/{id}`, `/card/{*rest}`; where several match, the more exact one counts. Without
     /// a match the layer's own settings do. The path is the one that the client sent; where no pattern matches that, it
-    /// is the rest that axum's nested routers left of it, so that a profile's routes hold under a prefix, too. It is
+    /// is the rest that axum's nested routers left of it, so that a profile's routes hold under a prefix, too: for that
+    /// the layer has to stand inside the nested router, since around it there is the whole path alone. It is
     /// compared character by character, so that `/refunds/` is not `/refunds`.
     ///
     /// The closure starts from the layer's settings as they are at this point, or from those of the pattern if it is

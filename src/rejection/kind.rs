@@ -33,7 +33,8 @@ pub enum RejectionKind {
     InProgress,
     /// The first request ended without a known outcome.
     OutcomeUnknown,
-    /// The operation is done, but its answer was too large to keep or a stream.
+    /// The operation is done, but its answer was not kept: it was too large or a stream, or its handler
+    /// [said so](crate::Keep::OnlyTheFact).
     ResponseNotKept,
     /// The store cannot be reached.
     StoreUnavailable,

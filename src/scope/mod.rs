@@ -194,6 +194,9 @@ fn parameters(id: &mut IdHasher, parts: &Parts, scheme: &str, names: &[Box<str>]
     let unclear = |what: String| nobody().with_detail(what);
     let lines = parts.headers.get_all(header::AUTHORIZATION);
     let Some(found) = lines.iter().find_map(|value| authorization::parameters(value, scheme)) else {
+        if parts.headers.contains_key(header::AUTHORIZATION) {
+            warn_of_another_scheme(scheme);
+        }
         whole_authorization(id, parts);
         return Ok(());
     };
@@ -208,6 +211,18 @@ fn parameters(id: &mut IdHasher, parts: &Parts, scheme: &str, names: &[Box<str>]
         id.field(PARAMETER, value.as_bytes());
     }
     Ok(())
+}
+
+/// The scheme may be misspelled here: then nothing that is signed anew for each attempt is protected.
+fn warn_of_another_scheme(scheme: &str) {
+    static ANOTHER: Once = Once::new();
+    ANOTHER.call_once(|| {
+        tracing::warn!(
+            scheme,
+            "the scope is to come from the parameters of one authorization scheme, but a request came with another: it \
+             counts as a whole, so that credentials which are new for each attempt make every retry a new operation"
+        );
+    });
 }
 
 fn header(id: &mut IdHasher, parts: &Parts, name: &HeaderName) {

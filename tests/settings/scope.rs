@@ -297,6 +297,14 @@ async fn routes_with_one_operation_share_their_keys() {
     assert_eq!(control.runs(), 4);
 }
 
+#[test]
+fn what_cannot_be_a_scheme_is_refused_when_it_is_given() {
+    for scheme in ["", "KESTREL-V2 ", "Authorization: KESTREL-V2", "a b"] {
+        let given = || layer().1.scope_authorization(scheme, ["merchant"]);
+        assert!(std::panic::catch_unwind(given).is_err(), "{scheme:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_scope_that_names_its_operation_goes_before_that_of_the_layer() {
     let (_, layer) = layer();
