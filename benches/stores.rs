@@ -358,13 +358,20 @@ async fn full_file(options: &Options, directory: &Path) {
     fill(&store, options.records, hour).await;
     store.close().await;
     sizes("filled");
-    let reopen = async |what: &str| {
+    let reopen = async |what: &str, quick: bool| {
         let start = Instant::now();
-        let store = FileStore::open(&path).await.unwrap();
+        let store = FileStore::builder(&path).quick_recovery(quick).open().await.unwrap();
         println!("opened {what}: {:.1?}", start.elapsed());
         store
     };
-    let store = reopen("after it was closed").await;
+    // As a crash leaves it: a copy of the file while it is open.
+    let crash = async |store: FileStore| {
+        cycle(&store, hour).await;
+        std::fs::copy(&path, directory.join("crashed.redb")).unwrap();
+        store.close().await;
+        std::fs::rename(directory.join("crashed.redb"), &path).unwrap();
+    };
+    let store = reopen("after it was closed", false).await;
     let mut took = Vec::new();
     for number in (first..first + options.records).step_by(options.records.div_ceil(2000) as usize) {
         let start = Instant::now();
@@ -376,11 +383,11 @@ async fn full_file(options: &Options, directory: &Path) {
         "replay, cold (not in the cache of answers): {:.1?} (median)",
         took[took.len() / 2]
     );
-    // As a crash leaves it: a copy of the file while it is open.
-    std::fs::copy(&path, directory.join("crashed.redb")).unwrap();
+    crash(store).await;
+    let store = reopen("after a crash", true).await;
+    crash(store).await;
+    let store = reopen("after a crash with quick recovery", true).await;
     store.close().await;
-    std::fs::rename(directory.join("crashed.redb"), &path).unwrap();
-    reopen("after a crash").await.close().await;
     purge(options, &directory.join("purged.redb")).await;
     let _ = io::stdout().flush();
 }
