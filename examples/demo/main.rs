@@ -54,6 +54,11 @@ async fn main() -> ExitCode {
 async fn serve(args: Args) -> Result<(), String> {
     let ledger = Ledger::open(args.ledger.as_deref())
         .map_err(|error| format!("cannot open the ledger {:?}: {error}", args.ledger.unwrap_or_default()))?;
+    // Before the store, which is left alone if there is nowhere to listen.
+    let listener = TcpListener::bind(args.listen)
+        .await
+        .map_err(|error| format!("cannot listen on {}: {error}", args.listen))?;
+    let address = listener.local_addr().map_err(|error| error.to_string())?;
     let store = Store::open(args.store).await?;
     if let Store::File { path, .. } = &store {
         eprintln!("demo: records are kept in {}", path.display());
@@ -62,10 +67,6 @@ async fn serve(args: Args) -> Result<(), String> {
     let drain = idempotency.drain();
     let app = api::router(Arc::new(ledger), store.clone(), &idempotency, args.retention);
 
-    let listener = TcpListener::bind(args.listen)
-        .await
-        .map_err(|error| format!("cannot listen on {}: {error}", args.listen))?;
-    let address = listener.local_addr().map_err(|error| error.to_string())?;
     println!("listening on http://{address}");
     axum::serve(listener, app)
         .with_graceful_shutdown(stop_signal())
