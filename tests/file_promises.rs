@@ -1,0 +1,68 @@
+//! What a file store promises where two of its parts meet: its memory and its end, its file and what lies beside it,
+//! its time and the clocks of several runs.
+#![cfg(all(feature = "file", feature = "testing"))]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+use support::medium::{Failing, TestClock};
+use tower_idempotency::{
+    Begin, Claim, FileStore, Fingerprint, Lease, Owner, RecordId, Retention, Store, StoreErrorKind, StoredResponse,
+};
+
+const MINUTE: Duration = Duration::from_secs(60);
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+fn id(number: u64) -> RecordId {
+    RecordId::from_bytes(Sha256::digest(number.to_le_bytes()).into())
+}
+
+fn claim() -> Claim {
+    let owner = Owner::random().unwrap();
+    Claim::new(Fingerprint::new(1, [1; 32]), owner, MINUTE, Retention::For(DAY))
+}
+
+fn response() -> StoredResponse {
+    StoredResponse::not_kept(http::StatusCode::CREATED)
+}
+
+async fn acquire(store: &FileStore, number: u64) -> Lease {
+    match store.begin(&id(number), &claim()).await.unwrap() {
+        Begin::Acquired(lease) => lease,
+        other => panic!("{number} was to be acquired, not {other:?}"),
+    }
+}
+
+async fn complete(store: &FileStore, number: u64, retention: Retention) {
+    let lease = acquire(store, number).await;
+    store.complete(&lease, &response(), retention).await.unwrap();
+}
+
+async fn is_completed(store: &FileStore, number: u64) -> bool {
+    matches!(
+        store.begin(&id(number), &claim()).await.unwrap(),
+        Begin::Completed { .. }
+    )
+}
+
+async fn open(medium: &Failing, clock: &TestClock) -> FileStore {
+    let builder = FileStore::builder("simulated").medium(medium.clone());
+    builder.clock(clock.clone()).open().await.unwrap()
+}
+
+// ---- its memory
+
+#[tokio::test]
+async fn a_closed_store_does_not_answer_from_memory_either() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    let store = open(&medium, &clock).await;
+    complete(&store, 1, Retention::Forever).await;
+    assert!(is_completed(&store, 1).await);
+    store.close().await;
+    // Somebody else may have the file by now, and the last word on what is in it.
+    let error = store.begin(&id(1), &claim()).await.unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::Unavailable);
+}
