@@ -66,3 +66,28 @@ async fn a_closed_store_does_not_answer_from_memory_either() {
     let error = store.begin(&id(1), &claim()).await.unwrap_err();
     assert_eq!(error.kind(), StoreErrorKind::Unavailable);
 }
+
+// ---- what lies beside the file
+
+#[tokio::test]
+async fn a_file_of_something_else_leaves_nothing_beside_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("notes.txt");
+    std::fs::write(&path, "Remember the milk, and the eggs.").unwrap();
+    FileStore::open(&path).await.unwrap_err();
+    let names = std::fs::read_dir(directory.path()).unwrap();
+    let names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["notes.txt"]);
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn room_is_set_aside_in_a_file_of_its_own_and_not_where_a_link_leads() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.redb");
+    let other = directory.path().join("letters");
+    std::fs::write(&other, "Dear all").unwrap();
+    std::os::unix::fs::symlink(&other, directory.path().join("store.redb.spare")).unwrap();
+    FileStore::open(&path).await.unwrap().close().await;
+    assert_eq!(std::fs::read_to_string(&other).unwrap(), "Dear all");
+}
