@@ -91,3 +91,39 @@ async fn room_is_set_aside_in_a_file_of_its_own_and_not_where_a_link_leads() {
     FileStore::open(&path).await.unwrap().close().await;
     assert_eq!(std::fs::read_to_string(&other).unwrap(), "Dear all");
 }
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_file_is_made_as_a_file_of_its_own_and_not_where_a_link_leads() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.redb");
+    let other = directory.path().join("letters");
+    std::fs::write(&other, "Dear all").unwrap();
+    std::os::unix::fs::symlink(&other, directory.path().join("store.redb.new")).unwrap();
+    let store = FileStore::open(&path).await.unwrap();
+    complete(&store, 1, Retention::Forever).await;
+    store.close().await;
+    assert_eq!(std::fs::read_to_string(&other).unwrap(), "Dear all");
+}
+
+/// The second name is what a crash leaves between the moment when a new file gets its name and the one when it loses
+/// the name that it was made under.
+#[cfg(unix)]
+#[tokio::test]
+async fn a_file_that_was_moved_away_is_not_emptied_by_its_successor() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.redb");
+    let moved = directory.path().join("backup.redb");
+    let store = FileStore::open(&path).await.unwrap();
+    complete(&store, 1, Retention::Forever).await;
+    store.close().await;
+    std::fs::hard_link(&path, directory.path().join("store.redb.new")).unwrap();
+    std::fs::rename(&path, &moved).unwrap();
+    let store = FileStore::open(&path).await.unwrap();
+    assert!(matches!(
+        store.begin(&id(1), &claim()).await.unwrap(),
+        Begin::Acquired(_)
+    ));
+    let backup = FileStore::open(&moved).await.unwrap();
+    assert!(is_completed(&backup, 1).await, "the backup was emptied");
+}
