@@ -127,3 +127,32 @@ async fn a_file_that_was_moved_away_is_not_emptied_by_its_successor() {
     let backup = FileStore::open(&moved).await.unwrap();
     assert!(is_completed(&backup, 1).await, "the backup was emptied");
 }
+
+// ---- its time
+
+#[tokio::test]
+async fn a_wall_clock_that_was_behind_during_one_run_ends_nothing_early_in_the_next() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    let store = open(&medium, &clock).await;
+    complete(&store, 1, Retention::For(DAY)).await;
+    store.close().await;
+    // A machine without a battery: it believes that it is 1970, until somebody tells it better.
+    let mut right = Duration::ZERO;
+    clock.restart();
+    clock.jump(|wall| {
+        right = wall;
+        Duration::ZERO
+    });
+    let store = open(&medium, &clock).await;
+    assert!(is_completed(&store, 1).await);
+    clock.pass(MINUTE);
+    complete(&store, 2, Retention::For(DAY)).await;
+    store.close().await;
+    clock.restart();
+    clock.jump(|wall| right + wall);
+    let store = open(&medium, &clock).await;
+    clock.pass(DAY - 2 * MINUTE);
+    assert!(is_completed(&store, 1).await && is_completed(&store, 2).await);
+    clock.pass(2 * MINUTE);
+    assert!(!is_completed(&store, 1).await && !is_completed(&store, 2).await);
+}
