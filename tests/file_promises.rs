@@ -14,6 +14,7 @@ use tower_idempotency::{
 };
 
 const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
 fn id(number: u64) -> RecordId {
@@ -155,4 +156,22 @@ async fn a_wall_clock_that_was_behind_during_one_run_ends_nothing_early_in_the_n
     assert!(is_completed(&store, 1).await && is_completed(&store, 2).await);
     clock.pass(2 * MINUTE);
     assert!(!is_completed(&store, 1).await && !is_completed(&store, 2).await);
+}
+
+#[tokio::test]
+async fn a_store_that_is_never_open_for_long_and_seldom_changed_still_forgets() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    clock.without_uptime();
+    let store = open(&medium, &clock).await;
+    complete(&store, 1, Retention::For(DAY)).await;
+    store.close().await;
+    for runs in 0..48 {
+        let store = open(&medium, &clock).await;
+        assert_eq!(is_completed(&store, 1).await, runs < 24, "after {runs} hours");
+        clock.pass(HOUR);
+        store.close().await;
+        if runs == 24 {
+            break;
+        }
+    }
 }

@@ -33,7 +33,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, RwLock,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
     thread,
     time::Duration,
@@ -224,7 +224,7 @@ impl FileStoreBuilder {
             records: AtomicU64::new(records),
             listeners: Listeners::default(),
             broken: BrokenCell::new(),
-            closing: AtomicBool::new(false),
+            closed_at: AtomicU64::new(0),
             closed: watch::Sender::new(false),
         });
         let writer = Writer::new(Arc::clone(&shared), backend);

@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst},
+    atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
 };
 
 use redb::Database;
@@ -32,8 +32,8 @@ pub(super) struct Shared {
     pub(super) records: AtomicU64,
     pub(super) listeners: Listeners,
     pub(super) broken: BrokenCell,
-    /// Whether nothing new is begun. Answers in memory are not given any more either.
-    pub(super) closing: AtomicBool,
+    /// When it was closed: nothing new is begun, and answers in memory are not given any more either. 0 while it is open.
+    pub(super) closed_at: AtomicU64,
     pub(super) closed: watch::Sender<bool>,
 }
 
@@ -60,13 +60,13 @@ impl Shared {
 
     /// Nothing new is taken in; what waits is still answered.
     pub(super) fn close(&self) {
-        self.closing.store(true, SeqCst);
+        self.closed_at.fetch_max(self.time.now(), SeqCst);
         self.reads.close();
     }
 
     /// Whether calls may still be answered without a look into the queues.
     pub(super) fn is_open(&self) -> bool {
-        !self.closing.load(SeqCst) && self.broken.get().is_none()
+        self.closed_at.load(SeqCst) == 0 && self.broken.get().is_none()
     }
 
     pub(super) fn reader_ended(&self) {
