@@ -5,12 +5,20 @@
 
 mod support;
 
-use std::time::Duration;
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
 use sha2::{Digest, Sha256};
 use support::medium::{Failing, TestClock};
 use tower_idempotency::{
     Begin, Claim, FileStore, Fingerprint, Lease, Owner, RecordId, Retention, Store, StoreErrorKind, StoredResponse,
+    testing::Medium,
 };
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -66,6 +74,107 @@ async fn a_closed_store_does_not_answer_from_memory_either() {
     // Somebody else may have the file by now, and the last word on what is in it.
     let error = store.begin(&id(1), &claim()).await.unwrap_err();
     assert_eq!(error.kind(), StoreErrorKind::Unavailable);
+}
+
+// ---- its end
+
+/// Stands for an engine that stumbles over a page which something else changed.
+#[derive(Clone, Debug, Default)]
+struct Stumbling {
+    medium: Failing,
+    writes: Arc<AtomicBool>,
+    reads: Arc<AtomicBool>,
+}
+
+impl Medium for Stumbling {
+    fn len(&self) -> io::Result<u64> {
+        self.medium.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        assert!(!self.reads.load(SeqCst), "stumbled over a read");
+        self.medium.read(offset, out)
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        assert!(!self.writes.load(SeqCst), "stumbled over a write");
+        self.medium.write(offset, data)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.medium.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.medium.sync()
+    }
+
+    fn hold(&self, bytes: u64) -> io::Result<()> {
+        self.medium.hold(bytes)
+    }
+}
+
+#[tokio::test]
+async fn a_writer_that_stumbles_answers_everybody_and_is_the_end_until_the_file_is_opened_again() {
+    let (medium, clock) = (Stumbling::default(), TestClock::new());
+    let builder = FileStore::builder("simulated").medium(medium.clone());
+    let store = builder.clock(clock.clone()).open().await.unwrap();
+    complete(&store, 1, Retention::Forever).await;
+    let lease = acquire(&store, 2).await;
+    medium.writes.store(true, SeqCst);
+    let answer = response();
+    let (first, second, owner) = (id(10), id(11), claim());
+    let (completed, begun, begun_too) = tokio::join!(
+        store.complete(&lease, &answer, Retention::Forever),
+        store.begin(&first, &owner),
+        store.begin(&second, &owner),
+    );
+    for result in [completed, begun.map(drop), begun_too.map(drop)] {
+        assert_eq!(result.unwrap_err().kind(), StoreErrorKind::Unavailable);
+    }
+    medium.writes.store(false, SeqCst);
+    for number in [1, 2, 3] {
+        let error = store.begin(&id(number), &claim()).await.unwrap_err();
+        assert_eq!(error.kind(), StoreErrorKind::Unavailable, "{number}, also from memory");
+    }
+    store.close().await;
+    let store = open(&Failing::with(medium.medium.bytes()), &clock).await;
+    assert!(is_completed(&store, 1).await);
+}
+
+#[tokio::test]
+async fn a_store_that_stumbles_at_its_end_is_closed_all_the_same() {
+    let (medium, clock) = (Stumbling::default(), TestClock::new());
+    let builder = FileStore::builder("simulated").medium(medium.clone());
+    let store = builder.clock(clock.clone()).open().await.unwrap();
+    complete(&store, 1, Retention::Forever).await;
+    medium.writes.store(true, SeqCst);
+    store.close().await;
+    let store = open(&Failing::with(medium.medium.bytes()), &clock).await;
+    assert!(is_completed(&store, 1).await);
+}
+
+#[tokio::test]
+async fn a_reader_that_stumbles_answers_everybody() {
+    let (medium, clock) = (Stumbling::default(), TestClock::new());
+    let builder = FileStore::builder("simulated").medium(medium.clone());
+    let builder = builder.cache_bytes(0).replay_bytes(0);
+    let store = builder.clock(clock.clone()).open().await.unwrap();
+    for number in 0..100 {
+        complete(&store, number, Retention::Forever).await;
+    }
+    medium.reads.store(true, SeqCst);
+    let claims = (0..100).map(|number| {
+        let store = store.clone();
+        tokio::spawn(async move { store.begin(&id(number), &claim()).await })
+    });
+    for claim in claims.collect::<Vec<_>>() {
+        match claim.await.unwrap() {
+            Ok(found) => assert!(matches!(found, Begin::Completed { .. }), "{found:?}"),
+            Err(error) => assert_eq!(error.kind(), StoreErrorKind::Unavailable),
+        }
+    }
+    store.close().await;
 }
 
 // ---- what lies beside the file
