@@ -6,8 +6,9 @@
 //! - Where the system tells which start of the machine this is and how long ago it was (Linux), and it is the same
 //!   start as before, that tells it exactly.
 //! - Otherwise the wall clocks of then and now do, less [`TOLERANCE`]. A clock that went back, or forward by up to
-//!   an hour, has no effect then: time stands still rather than leap, so nothing ends earlier than asked. A longer leap
-//!   cannot be told from a machine that was switched off for so long.
+//!   an hour, has no effect then: time stands still rather than leap, so nothing ends earlier than asked. That goes for
+//!   a clock that is set right after it went back, too: what a run remembers is never behind what the one before
+//!   remembered. A longer leap cannot be told from a machine that was switched off for so long.
 
 use std::{
     fmt, fs,
@@ -87,11 +88,12 @@ pub(super) struct Stamp {
 const VERSION: u8 = 1;
 
 impl Stamp {
-    fn take(run: u64, time: Time, clock: &dyn Clock) -> Self {
+    /// The wall clock is not believed where it is behind `wall`.
+    fn take(run: u64, time: Time, wall: Time, clock: &dyn Clock) -> Self {
         Self {
             run,
             time,
-            wall: nanos(clock.wall()),
+            wall: nanos(clock.wall()).max(wall),
             machine: clock.machine().map(|(start, up)| (start, nanos(up))),
         }
     }
@@ -180,6 +182,8 @@ pub(super) struct StoreTime {
     /// The store's time when the run began, and the clock's.
     began: Time,
     monotonic: Duration,
+    /// The store's time and the wall clock's that the run before left.
+    left: (Time, Time),
 }
 
 impl StoreTime {
@@ -189,6 +193,7 @@ impl StoreTime {
             run: stamp.run + 1,
             began: stamp.time.saturating_add(stamp.closed_for(&opening)),
             monotonic: opening.monotonic,
+            left: (stamp.time, stamp.wall),
             clock: opening.clock,
         }
     }
@@ -208,7 +213,10 @@ impl StoreTime {
 
     /// What is to be remembered at `now`, which was this store's time a moment ago.
     pub(super) fn stamp(&self, now: Time) -> Stamp {
-        Stamp::take(self.run, now, &*self.clock)
+        // A wall clock that is behind for one run and right in the next would leap in between.
+        let (time, wall) = self.left;
+        let wall = wall.saturating_add(now.saturating_sub(time));
+        Stamp::take(self.run, now, wall, &*self.clock)
     }
 }
 
@@ -242,7 +250,7 @@ mod tests {
     const DAY: Duration = Duration::from_secs(24 * 3600);
 
     fn closed_for(before: Set, after: Set) -> Duration {
-        let stamp = Stamp::take(1, 1000, &before);
+        let stamp = Stamp::take(1, 1000, 0, &before);
         let resumed = StoreTime::resume(&stamp, Opening::now(Arc::new(after)));
         assert_eq!(resumed.run(), 2);
         Duration::from_nanos(resumed.now() - 1000)

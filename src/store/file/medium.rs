@@ -135,11 +135,13 @@ impl Medium for Disk {
             return fs::remove_file(&self.spare);
         }
         // What a crash left behind. It was synced when it had its whole length.
-        if fs::metadata(&self.spare).is_ok_and(|spare| spare.len() == bytes) {
+        if fs::symlink_metadata(&self.spare).is_ok_and(|spare| spare.is_file() && spare.len() == bytes) {
             return Ok(());
         }
         let write = || {
-            let mut file = File::create(&self.spare)?;
+            // Whatever has the name, a link among them, is not written through.
+            fs::remove_file(&self.spare).or_else(missing_is_fine)?;
+            let mut file = File::create_new(&self.spare)?;
             let zeros = vec![0; 1 << 20];
             let mut left = bytes;
             while left > 0 {
@@ -153,6 +155,14 @@ impl Medium for Disk {
         write().inspect_err(|_| {
             let _ = fs::remove_file(&self.spare);
         })
+    }
+}
+
+/// For what is to be removed.
+pub(super) fn missing_is_fine(error: io::Error) -> io::Result<()> {
+    match error.kind() {
+        ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
     }
 }
 
@@ -211,5 +221,13 @@ impl Spare {
         }
         self.short.store(true, SeqCst);
         self.medium.hold(0).is_ok()
+    }
+}
+
+/// Gone with the store, however that ends: a file that turned out to be no store among the ways. The medium, and its
+/// lock with it, is still there.
+impl Drop for Spare {
+    fn drop(&mut self) {
+        self.give_back();
     }
 }

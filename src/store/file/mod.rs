@@ -224,6 +224,7 @@ impl FileStoreBuilder {
             records: AtomicU64::new(records),
             listeners: Listeners::default(),
             broken: BrokenCell::new(),
+            closed_at: AtomicU64::new(0),
             closed: watch::Sender::new(false),
         });
         let writer = Writer::new(Arc::clone(&shared), backend);
@@ -268,7 +269,7 @@ impl FileStore {
     /// when the file may be opened again.
     pub async fn close(&self) {
         let shared = &self.handle.shared;
-        shared.reads.close();
+        shared.close();
         // It fails only if the sender is gone, and that is in `shared`.
         let _ = shared.closed.subscribe().wait_for(|closed| *closed).await;
     }
@@ -286,7 +287,7 @@ impl FileStore {
     /// A replay that needs neither the file nor another thread.
     pub(crate) fn at_once(&self, id: &RecordId) -> Option<Begin> {
         let shared = &self.handle.shared;
-        if shared.broken.get().is_some() {
+        if !shared.is_open() {
             return None;
         }
         let kept = shared.cache.get(id, shared.time.now())?;
@@ -313,7 +314,7 @@ impl FileStore {
 impl Drop for Handle {
     fn drop(&mut self) {
         // The readers end, then the writer, which closes the file.
-        self.shared.reads.close();
+        self.shared.close();
     }
 }
 

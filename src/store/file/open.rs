@@ -11,7 +11,7 @@ use super::{
     clock::Stamp,
     engine::{Backend, Settings, initialise, not_opened, start, unreadable},
     error::{FileStoreError, FileStoreErrorKind},
-    medium::Disk,
+    medium::{Disk, missing_is_fine},
 };
 
 /// Opens the file, which is made first, with this stamp, if there is none.
@@ -58,16 +58,21 @@ fn lock(path: &Path, file: &File) -> Result<(), FileStoreError> {
 fn make(path: &Path, first: &Stamp) -> Result<(), FileStoreError> {
     let error = |source| FileStoreError::io(path, source);
     let unborn = beside(path, ".new");
+    // A link is not followed: what it leads to is not ours.
+    if fs::symlink_metadata(&unborn).is_ok_and(|left| left.is_symlink()) {
+        fs::remove_file(&unborn).or_else(missing_is_fine).map_err(error)?;
+    }
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false);
     let file = options.open(&unborn).map_err(error)?;
     lock(path, &file)?;
     // Whoever made the file held this lock until it had its name. If it has, this may be that very file.
     if path.try_exists().map_err(error)? {
-        return fs::remove_file(&unborn).or_else(|gone| match gone.kind() {
-            ErrorKind::NotFound => Ok(()),
-            _ => Err(error(gone)),
-        });
+        return fs::remove_file(&unborn).or_else(missing_is_fine).map_err(error);
+    }
+    // A crash left a whole file its first name, and somebody moved it away under its second. It must not be cut.
+    if has_another_name(&file).map_err(error)? {
+        return fs::remove_file(&unborn).or_else(missing_is_fine).map_err(error);
     }
     // Answers are for whoever runs the server.
     #[cfg(unix)]
@@ -91,6 +96,18 @@ fn make(path: &Path, first: &Stamp) -> Result<(), FileStoreError> {
         Err(_) => fs::rename(&unborn, path),
     };
     named.and_then(|()| sync_directory(path)).map_err(error)
+}
+
+#[cfg(unix)]
+fn has_another_name(file: &File) -> io::Result<bool> {
+    file.metadata()
+        .map(|metadata| std::os::unix::fs::MetadataExt::nlink(&metadata) > 1)
+}
+
+/// Nobody tells.
+#[cfg(not(unix))]
+fn has_another_name(_: &File) -> io::Result<bool> {
+    Ok(false)
 }
 
 fn beside(path: &Path, ending: &str) -> PathBuf {

@@ -32,6 +32,8 @@ pub(super) struct Shared {
     pub(super) records: AtomicU64,
     pub(super) listeners: Listeners,
     pub(super) broken: BrokenCell,
+    /// When it was closed: nothing new is begun, and answers in memory are not given any more either. 0 while it is open.
+    pub(super) closed_at: AtomicU64,
     pub(super) closed: watch::Sender<bool>,
 }
 
@@ -54,6 +56,17 @@ impl Shared {
             Broken { file, cause }
         });
         broken.clone()
+    }
+
+    /// Nothing new is taken in; what waits is still answered.
+    pub(super) fn close(&self) {
+        self.closed_at.fetch_max(self.time.now(), SeqCst);
+        self.reads.close();
+    }
+
+    /// Whether calls may still be answered without a look into the queues.
+    pub(super) fn is_open(&self) -> bool {
+        self.closed_at.load(SeqCst) == 0 && self.broken.get().is_none()
     }
 
     pub(super) fn reader_ended(&self) {

@@ -95,12 +95,38 @@ impl Writer {
             }
             self.last.took = started.elapsed();
         }
+        // Whoever waits for the end hears of it, whatever redb stumbles over.
+        if catch_unwind(AssertUnwindSafe(|| self.end())).is_err() {
+            self.shared.fail(None);
+        }
         let Self { shared, backend, .. } = self;
-        shared.close_database();
         backend.spare.give_back();
         // The lock goes with the medium, and only then may the file be opened again.
         drop(backend);
         shared.closed.send_replace(true);
+    }
+
+    fn end(&self) {
+        if let Err(error) = self.remember_the_end() {
+            let file = &self.shared.file;
+            tracing::warn!(%file, %error, "the idempotency store could not write down when it was closed");
+        }
+        self.shared.close_database();
+    }
+
+    /// Without this a store that is opened often and changed seldom would never count the time it is open, where only
+    /// the wall clock tells.
+    fn remember_the_end(&self) -> Result<(), redb::Error> {
+        let now = self.now.max(self.shared.closed_at.load(SeqCst));
+        if self.room.is_some() || self.shared.broken.get().is_some() || now.saturating_sub(self.stamped) < SECOND {
+            return Ok(());
+        }
+        if let Some(database) = &*self.shared.database() {
+            let transaction = database.begin_write()?;
+            write_stamp(&transaction, &self.shared.time.stamp(now))?;
+            transaction.commit()?;
+        }
+        Ok(())
     }
 
     fn batch(&mut self, mut jobs: Vec<WriteJob>) {
