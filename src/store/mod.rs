@@ -2,10 +2,14 @@
 
 mod any;
 mod memory;
+#[cfg(feature = "redis")]
+mod redis;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
 pub(crate) use self::any::{Call, DynStore};
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisStore, RedisStoreBuilder};
 pub use self::{
     any::AnyStore,
     memory::{MemoryStore, MemoryStoreBuilder},

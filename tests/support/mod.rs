@@ -8,4 +8,6 @@ pub mod demo;
 pub mod faulty;
 pub mod http;
 pub mod midaspay;
+#[cfg(feature = "redis")]
+pub mod redis;
 pub mod serve;
