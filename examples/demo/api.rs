@@ -24,14 +24,15 @@ use crate::{
 #[derive(Clone)]
 pub struct App {
     pub ledger: Arc<Ledger>,
-    pub store: MemoryStore,
+    /// The store, if it is the one in memory.
+    pub memory: Option<MemoryStore>,
     pub idempotency: IdempotencyLayer,
 }
 
 /// Every route; `retention` overrides each provider's own.
 pub fn router(
     ledger: Arc<Ledger>,
-    store: MemoryStore,
+    memory: Option<MemoryStore>,
     idempotency: &IdempotencyLayer,
     retention: Option<Duration>,
 ) -> Router {
@@ -54,7 +55,7 @@ pub fn router(
         .route("/metrics", get(metrics::metrics))
         .with_state(App {
             ledger,
-            store,
+            memory,
             idempotency: idempotency.clone(),
         })
 }

@@ -11,7 +11,8 @@ Usage: demo [OPTIONS]
 
 Options:
   --listen ADDRESS      where to listen [default: 127.0.0.1:3000]; port 0 takes a free one
-  --store STORE         where records are kept: memory [default: memory]
+  --store STORE         where records are kept: memory, or a Redis or Valkey server such as
+                        redis://127.0.0.1:6379 [default: memory]
   --retention DURATION  how long answers are kept on every route, such as 10s, 5m or 72h
                         [default: each route's own]
   --ledger FILE         append each effect to FILE as a JSON line before it is answered
@@ -26,6 +27,11 @@ Faults on demand, by request header:
   x-demo-response-bytes: N  make the answer at least N bytes long
 ";
 
+#[cfg(feature = "redis")]
+const STORES: &str = "memory, redis://...";
+#[cfg(not(feature = "redis"))]
+const STORES: &str = "memory (and redis://... with the feature redis)";
+
 pub struct Args {
     pub listen: SocketAddr,
     pub store: Store,
@@ -35,6 +41,9 @@ pub struct Args {
 
 pub enum Store {
     Memory,
+    /// By its URL.
+    #[cfg(feature = "redis")]
+    Redis(String),
 }
 
 impl Args {
@@ -71,6 +80,12 @@ fn retention(text: &str) -> Result<Duration, String> {
 fn store(name: &str) -> Result<Store, String> {
     match name {
         "memory" => Ok(Store::Memory),
-        other => Err(format!("there is no store {other:?}; this version has: memory")),
+        #[cfg(feature = "redis")]
+        url if url.starts_with("redis://") => Ok(Store::Redis(url.to_owned())),
+        // Not all of it: what follows may be a password.
+        other => {
+            let kind = other.split_once("://").map_or(other, |(scheme, _)| scheme);
+            Err(format!("there is no store {kind:?}; this version has: {STORES}"))
+        }
     }
 }

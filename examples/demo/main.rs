@@ -8,11 +8,12 @@ mod faults;
 mod ledger;
 mod metrics;
 mod providers;
+mod stores;
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use tokio::{net::TcpListener, signal};
-use tower_idempotency::{Drain, IdempotencyLayer, MemoryStore};
+use tower_idempotency::{Drain, IdempotencyLayer};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use crate::{args::Args, ledger::Ledger};
@@ -53,11 +54,10 @@ async fn main() -> ExitCode {
 async fn serve(args: Args) -> Result<(), String> {
     let ledger = Ledger::open(args.ledger.as_deref())
         .map_err(|error| format!("cannot open the ledger {:?}: {error}", args.ledger.unwrap_or_default()))?;
-    let args::Store::Memory = args.store;
-    let store = MemoryStore::new();
-    let idempotency = IdempotencyLayer::new(store.clone());
+    let (store, memory) = stores::open(&args.store).await?;
+    let idempotency = IdempotencyLayer::new(store);
     let drain = idempotency.drain();
-    let app = api::router(Arc::new(ledger), store, &idempotency, args.retention);
+    let app = api::router(Arc::new(ledger), memory, &idempotency, args.retention);
 
     let listener = TcpListener::bind(args.listen)
         .await

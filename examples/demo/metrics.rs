@@ -44,20 +44,23 @@ pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
     ] {
         metric(&mut text, &format!("idempotency_{name}_total"), help, "counter", value);
     }
-    metric(
-        &mut text,
-        "idempotency_records",
-        "Records held by the store.",
-        "gauge",
-        app.store.len(),
-    );
-    metric(
-        &mut text,
-        "idempotency_record_bytes",
-        "Bytes that the records take.",
-        "gauge",
-        app.store.bytes(),
-    );
+    // What other stores hold, they tell themselves.
+    if let Some(memory) = &app.memory {
+        metric(
+            &mut text,
+            "idempotency_records",
+            "Records held by the store.",
+            "gauge",
+            memory.len(),
+        );
+        metric(
+            &mut text,
+            "idempotency_record_bytes",
+            "Bytes that the records take.",
+            "gauge",
+            memory.bytes(),
+        );
+    }
     let effects = app.ledger.len() as u64;
     metric(
         &mut text,

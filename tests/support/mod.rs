@@ -9,5 +9,7 @@ pub mod faulty;
 pub mod http;
 pub mod midaspay;
 #[cfg(feature = "redis")]
+pub mod proxy;
+#[cfg(feature = "redis")]
 pub mod redis;
 pub mod serve;
