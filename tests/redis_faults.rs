@@ -109,21 +109,23 @@ async fn a_replica_is_unavailable_until_it_is_the_primary() {
 
 #[tokio::test]
 async fn a_server_that_loads_its_file_is_unavailable_until_it_is_ready() {
-    let mut server = Redis::start(&[]);
+    let mut server = Redis::start(&["--appendonly", "no", "--enable-debug-command", "yes"]);
     let store = connect(&server.url()).await;
     let lease = acquire(&store, 1).await;
     store.complete(&lease, &kept(10), MINUTE.into()).await.unwrap();
     server.say(&["DEBUG", "POPULATE", "3000"]).await;
-    server.say(&["CONFIG", "REWRITE"]).await;
+    server.say(&["SAVE"]).await;
     server.kill();
     // Each key takes a millisecond, and the server looks up from its file often enough to say that it is loading.
     server.set_options(&[
+        "--appendonly",
+        "no",
         "--key-load-delay",
         "1000",
         "--loading-process-events-interval-bytes",
         "1024",
     ]);
-    server.restart("Reading RDB");
+    server.restart("Loading RDB");
     assert_eq!(kind(store.begin(&id(2), &claim()).await), StoreErrorKind::Unavailable);
     assert!(matches!(until_back(&store, 1).await, Begin::Completed { .. }));
 }

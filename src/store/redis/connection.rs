@@ -21,6 +21,8 @@ use crate::error::{StoreError, StoreErrorKind};
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 /// Tries to connect before those who wait for it are told so. The next one begins anew.
 const TRIES: usize = 4;
+/// What all pauses between them may take.
+const PAUSES: Duration = Duration::from_secs(3);
 /// Commands that wait to be written.
 const PIPELINE: usize = 1024;
 
@@ -101,7 +103,8 @@ impl Connection {
         }
         let now = Instant::now();
         let since = *current.failing_since.get_or_insert(now);
-        if now.duration_since(since) < self.timeout.saturating_mul(2) {
+        // Long enough for the tries of the present one, which are not to be cut short.
+        if now.duration_since(since) < self.timeout.saturating_mul(2).saturating_add(PAUSES) {
             return;
         }
         current.failing_since = None;
