@@ -290,3 +290,26 @@ async fn a_server_that_is_away_refuses_requests_and_no_handler_runs() {
     assert!(refused.header("retry-after").is_some());
     assert_eq!(control.runs(), 0);
 }
+
+// ---- what no setting prevents
+
+/// Not a promise, but what the page says: Redis answers first and replicates afterwards.
+#[tokio::test]
+async fn a_failover_may_lose_a_claim_that_the_primary_had_granted() {
+    let mut primary = Redis::start(&[]);
+    let between = Proxy::before(primary.port()).await;
+    let replica = Redis::start(&["--replicaof", "127.0.0.1", &between.port().to_string()]);
+    let before = connect(&primary.url()).await;
+    acquire(&before, 1).await;
+    while replica.ask::<usize>(&["DBSIZE"]).await == 0 {
+        tokio::task::yield_now().await;
+    }
+    between.black_hole();
+    acquire(&before, 2).await;
+    primary.kill();
+    replica.say(&["REPLICAOF", "NO", "ONE"]).await;
+    let after = connect(&replica.url()).await;
+    assert!(matches!(after.begin(&id(1), &claim()).await, Ok(Begin::InProgress { .. })));
+    // Granted a second time.
+    acquire(&after, 2).await;
+}

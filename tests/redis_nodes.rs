@@ -10,6 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -18,12 +19,14 @@ use http_body_util::Full;
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use support::{
+    app::{gated, keyed, pay, spawn},
     demo::Demo,
     http::{Answer, post, read},
     redis::Redis,
     serve::assert_replay,
 };
 use tokio::{net::TcpStream, task::JoinSet};
+use tower_idempotency::{Concurrent, IdempotencyLayer, RedisStore};
 
 const PATH: &str = "/payments";
 /// At once.
@@ -186,6 +189,32 @@ async fn what_one_node_answered_the_other_replays() {
     first.kill();
     assert_replay(&answer, &second.post(PATH, &header, BODY).await);
     assert!(second.effects().await.is_empty());
+}
+
+#[tokio::test]
+async fn a_duplicate_on_another_node_waits_for_the_answer_and_gets_it() {
+    let server = Redis::start(&[]);
+    let control = gated();
+    let mut nodes = Vec::new();
+    for _ in 0..2 {
+        let store = RedisStore::connect(&server.url()).await.unwrap();
+        let patient = Concurrent::Wait(Duration::from_secs(3600));
+        nodes.push(pay(&control, IdempotencyLayer::new(store).on_concurrent(patient)));
+    }
+    let first = spawn(&nodes[0], keyed("k", "a"));
+    control.entered().await;
+    let waiting: Vec<_> = (0..8).map(|_| spawn(&nodes[1], keyed("k", "a"))).collect();
+    while server.ask::<Vec<String>>(&["PUBSUB", "CHANNELS"]).await.is_empty() {
+        tokio::task::yield_now().await;
+    }
+    control.let_go();
+    let first = first.await.unwrap();
+    for waiting in waiting {
+        let answer = waiting.await.unwrap();
+        assert!(answer.is_replay());
+        assert_eq!(answer.body, first.body);
+    }
+    assert_eq!(control.runs(), 1);
 }
 
 /// The load's requests that were answered so far.

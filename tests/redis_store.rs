@@ -299,6 +299,8 @@ async fn who_listens_again_asks_the_server_for_nothing() {
     for _ in 0..10 {
         let mut again = pin!(other.changed(&record));
         assert!(!is_ready(again.as_mut()).await);
+        // As a waiter does between.
+        assert!(matches!(look(&other, 1).await, Begin::InProgress { .. }));
     }
     assert_eq!(server.calls("subscribe").await, 1);
 }

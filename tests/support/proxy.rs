@@ -56,6 +56,10 @@ impl Proxy {
         format!("redis://{}", self.address)
     }
 
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
     /// For connections that stand now.
     pub fn make(&self, weather: Weather) {
         self.weather.lock().unwrap().send_replace(weather);
