@@ -309,7 +309,10 @@ async fn a_failover_may_lose_a_claim_that_the_primary_had_granted() {
     primary.kill();
     replica.say(&["REPLICAOF", "NO", "ONE"]).await;
     let after = connect(&replica.url()).await;
-    assert!(matches!(after.begin(&id(1), &claim()).await, Ok(Begin::InProgress { .. })));
+    assert!(matches!(
+        after.begin(&id(1), &claim()).await,
+        Ok(Begin::InProgress { .. })
+    ));
     // Granted a second time.
     acquire(&after, 2).await;
 }

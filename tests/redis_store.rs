@@ -218,9 +218,9 @@ async fn a_record_that_cannot_be_read_is_an_error_and_stays() {
             store.complete(&lease, &answer(), MINUTE.into()).await.unwrap();
         }
     }
-    // In the fingerprint; in the answer; the version; the time to live.
+    // In the fingerprint; the status of the answer, which is one still; the version; the time to live.
     server.say(&["SETRANGE", &key(1), "40", "x"]).await;
-    server.say(&["SETRANGE", &key(2), "80", "x"]).await;
+    server.say(&["SETRANGE", &key(2), "77", "x"]).await;
     server.say(&["SETRANGE", &key(3), "0", "\u{2}"]).await;
     server.say(&["PERSIST", &key(4)]).await;
     server.say(&["SET", &key(5), ""]).await;

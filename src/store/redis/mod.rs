@@ -42,20 +42,13 @@ use crate::{
 /// # }
 /// ```
 ///
-/// A claim on a new key, and the replay of a completed one, take one command and one round trip each; so does the end
-/// of an operation. A duplicate of a running one takes two. The server's clock counts leases and retentions; the
-/// clocks of the nodes do not matter.
+/// The server's clock counts leases and retentions. While the server cannot be reached, requests with a key are refused:
+/// 503 with `Retry-After`. The connection is made anew by itself.
 ///
-/// While the server cannot be reached, or is no primary, requests with a key are refused: 503 with `Retry-After`. When
-/// its memory is full, new keys are refused, and replays go on. The connection is made anew by itself.
+/// **A failover to a replica may lose claims and answers that the replica had not received**, and then a retry runs its
+/// operation a second time. The rest of this page says what else may be lost, and what the store costs.
 ///
-/// # What it does not promise
-/// A record is as durable as the server is. With `appendonly yes` and `appendfsync everysec` a crash of the server
-/// loses up to a second or two of claims and answers; with `appendfsync always`, none. **A failover to a replica
-/// may lose what the replica had not received yet, whatever these settings say**: then a retry of an operation that was
-/// claimed or completed just before runs it a second time. The page [`docs/redis.md`][page] says more.
-///
-/// [page]: https://docs.rs/crate/tower-idempotency/latest/source/docs/redis.md
+#[doc = include_str!("../../../docs/redis.md")]
 #[derive(Clone)]
 pub struct RedisStore {
     inner: Arc<Inner>,

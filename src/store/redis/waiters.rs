@@ -88,10 +88,16 @@ impl Waiters {
 
     fn enter(self: &Arc<Self>, id: RecordId) -> Arc<Notify> {
         let mut state = self.state();
+        // The task ends with its runtime, which a store may outlive.
+        let held = state.orders.as_ref().is_some_and(|orders| !orders.is_closed());
         let notify = match state.records.entry(id) {
             Entry::Occupied(mut listeners) => {
                 listeners.get_mut().count += 1;
-                return Arc::clone(&listeners.get().notify);
+                let notify = Arc::clone(&listeners.get().notify);
+                if held {
+                    return notify;
+                }
+                notify
             }
             Entry::Vacant(vacant) => {
                 let notify = Arc::new(Notify::new());
@@ -104,7 +110,7 @@ impl Waiters {
         };
         let order = Order::Subscribe(id);
         let sent = state.orders.as_ref().is_some_and(|orders| orders.send(order).is_ok());
-        // The task ends with its runtime; a store may outlive one. Without any, who waits still looks by itself.
+        // Without any runtime, who waits still looks by itself.
         if let (false, Ok(runtime)) = (sent, Handle::try_current()) {
             let (orders, received) = unbounded_channel();
             let _ = orders.send(order);
@@ -124,7 +130,7 @@ impl Waiters {
             return;
         }
         let order = Order::Left(*id);
-        if !state.orders.as_ref().is_some_and(|orders| orders.send(order).is_ok()) {
+        if state.orders.as_ref().is_none_or(|orders| orders.send(order).is_err()) {
             state.records.remove(id);
         }
     }
