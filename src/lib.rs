@@ -62,6 +62,9 @@ pub use self::{
     store::{AnyStore, MemoryStore, MemoryStoreBuilder, Store},
 };
 
+#[cfg(feature = "redis")]
+pub use self::store::{RedisStore, RedisStoreBuilder};
+
 /// The examples of the page on providers compile.
 #[cfg(all(doctest, feature = "axum"))]
 #[doc = include_str!("../docs/providers.md")]

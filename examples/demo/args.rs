@@ -11,7 +11,8 @@ Usage: demo [OPTIONS]
 
 Options:
   --listen ADDRESS      where to listen [default: 127.0.0.1:3000]; port 0 takes a free one
-  --store STORE         where records are kept: file:PATH or memory
+  --store STORE         where records are kept: file:PATH, memory, or a Redis or Valkey server
+                        such as redis://127.0.0.1:6379 (with the feature redis)
                         [default: a file in your data directory]
   --retention DURATION  how long answers are kept on every route, such as 10s, 5m or 72h
                         [default: each route's own]
@@ -27,6 +28,11 @@ Faults on demand, by request header:
   x-demo-response-bytes: N  make the answer at least N bytes long
 ";
 
+#[cfg(feature = "redis")]
+const STORES: &str = "memory, file:PATH, redis://...";
+#[cfg(not(feature = "redis"))]
+const STORES: &str = "memory, file:PATH (and redis://... with the feature redis)";
+
 pub struct Args {
     pub listen: SocketAddr,
     pub store: Store,
@@ -39,6 +45,9 @@ pub enum Store {
     Default,
     File(PathBuf),
     Memory,
+    /// By its URL.
+    #[cfg(feature = "redis")]
+    Redis(String),
 }
 
 impl Args {
@@ -75,12 +84,16 @@ fn retention(text: &str) -> Result<Duration, String> {
 fn store(name: &str) -> Result<Store, String> {
     match name {
         "memory" => Ok(Store::Memory),
+        #[cfg(feature = "redis")]
+        url if url.starts_with("redis://") => Ok(Store::Redis(url.to_owned())),
         other => match other.strip_prefix("file:") {
             Some("") => Err("file: wants a path, such as file:store.redb".to_owned()),
             Some(path) => Ok(Store::File(path.into())),
-            None => Err(format!(
-                "there is no store {other:?}; this version has: memory, file:PATH"
-            )),
+            // Not all of it: what follows may be a password.
+            None => {
+                let kind = other.split_once("://").map_or(other, |(scheme, _)| scheme);
+                Err(format!("there is no store {kind:?}; this version has: {STORES}"))
+            }
         },
     }
 }

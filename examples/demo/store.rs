@@ -9,7 +9,18 @@ use crate::args;
 #[derive(Clone)]
 pub enum Store {
     Memory(MemoryStore),
-    File { store: FileStore, path: PathBuf },
+    File {
+        store: FileStore,
+        path: PathBuf,
+    },
+    #[cfg(feature = "redis")]
+    Redis(AnyStore),
+}
+
+/// What a store holds.
+pub struct Size {
+    pub records: u64,
+    pub bytes: u64,
 }
 
 impl Store {
@@ -18,6 +29,19 @@ impl Store {
             args::Store::Memory => Ok(Self::Memory(MemoryStore::new())),
             args::Store::File(path) => Self::file(path).await,
             args::Store::Default => Self::anywhere().await,
+            #[cfg(feature = "redis")]
+            args::Store::Redis(url) => Self::redis(&url).await,
+        }
+    }
+
+    #[cfg(feature = "redis")]
+    async fn redis(url: &str) -> Result<Self, String> {
+        match tower_idempotency::RedisStore::connect(url).await {
+            Ok(store) => Ok(Self::Redis(AnyStore::new(store))),
+            Err(error) => Err(match std::error::Error::source(&error) {
+                Some(source) => format!("{error}: {source}"),
+                None => error.to_string(),
+            }),
         }
     }
 
@@ -55,20 +79,24 @@ impl Store {
         match self {
             Self::Memory(store) => AnyStore::new(store.clone()),
             Self::File { store, .. } => AnyStore::new(store.clone()),
+            #[cfg(feature = "redis")]
+            Self::Redis(store) => store.clone(),
         }
     }
 
-    pub fn records(&self) -> u64 {
+    /// `None` for a server.
+    pub fn size(&self) -> Option<Size> {
         match self {
-            Self::Memory(store) => store.len(),
-            Self::File { store, .. } => store.len(),
-        }
-    }
-
-    pub fn bytes(&self) -> u64 {
-        match self {
-            Self::Memory(store) => store.bytes(),
-            Self::File { path, .. } => fs::metadata(path).map_or(0, |metadata| metadata.len()),
+            Self::Memory(store) => Some(Size {
+                records: store.len(),
+                bytes: store.bytes(),
+            }),
+            Self::File { store, path } => Some(Size {
+                records: store.len(),
+                bytes: fs::metadata(path).map_or(0, |metadata| metadata.len()),
+            }),
+            #[cfg(feature = "redis")]
+            Self::Redis(_) => None,
         }
     }
 

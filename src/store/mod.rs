@@ -4,6 +4,8 @@ mod any;
 #[cfg(feature = "file")]
 mod file;
 mod memory;
+#[cfg(feature = "redis")]
+mod redis;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -12,6 +14,8 @@ pub(crate) use self::any::{Call, DynStore};
 pub use self::file::{Clock, MachineStart, Medium};
 #[cfg(feature = "file")]
 pub use self::file::{FileRecord, FileRecordState, FileStore, FileStoreBuilder, FileStoreError, FileStoreErrorKind};
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisStore, RedisStoreBuilder};
 pub use self::{
     any::AnyStore,
     memory::{MemoryStore, MemoryStoreBuilder},

@@ -11,4 +11,8 @@ pub mod http;
 #[cfg(all(feature = "file", feature = "testing"))]
 pub mod medium;
 pub mod midaspay;
+#[cfg(feature = "redis")]
+pub mod proxy;
+#[cfg(feature = "redis")]
+pub mod redis;
 pub mod serve;

@@ -1,0 +1,259 @@
+//! Records on a Redis or Valkey server.
+
+mod builder;
+mod connection;
+mod failure;
+mod keys;
+mod record;
+mod scripts;
+mod server;
+mod waiters;
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use redis::Value;
+use tokio::time::Instant;
+
+pub use self::builder::RedisStoreBuilder;
+use self::{
+    connection::{Connection, unexpected},
+    failure::classify,
+    keys::Keys,
+    record::{Record, State},
+    scripts::{Scripts, Step},
+    waiters::Waiters,
+};
+use super::Store;
+use crate::{
+    codec::StoredResponse,
+    error::{StoreError, StoreErrorKind},
+    record::{Begin, Claim, Lease, RecordId, Retention},
+};
+
+/// Keeps records on a Redis or Valkey server (7.0 or newer) that many nodes share. Clones share a connection.
+///
+/// ```no_run
+/// use tower_idempotency::{IdempotencyLayer, RedisStore};
+///
+/// # async fn connect() -> Result<(), tower_idempotency::StoreError> {
+/// let store = RedisStore::connect("redis://127.0.0.1:6379").await?;
+/// let layer = IdempotencyLayer::new(store);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// The server's clock counts leases and retentions. While the server cannot be reached, requests with a key are refused:
+/// 503 with `Retry-After`. The connection is made anew by itself.
+///
+/// **A failover to a replica may lose claims and answers that the replica had not received**, and then a retry runs its
+/// operation a second time. The rest of this page says what else may be lost, and what the store costs.
+///
+#[doc = include_str!("../../../docs/redis.md")]
+#[derive(Clone)]
+pub struct RedisStore {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    connection: Connection,
+    keys: Keys,
+    scripts: Scripts,
+    waiters: Arc<Waiters>,
+}
+
+impl RedisStore {
+    /// Connects to a server by its URL, with default settings.
+    ///
+    /// # Errors
+    /// As [`RedisStoreBuilder::connect`].
+    pub async fn connect(url: &str) -> Result<Self, StoreError> {
+        Self::builder().connect(url).await
+    }
+
+    /// The settings of a store.
+    pub fn builder() -> RedisStoreBuilder {
+        RedisStoreBuilder::default()
+    }
+}
+
+impl fmt::Debug for RedisStore {
+    /// Not the address: it may hold a password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisStore")
+            .field("keys", &self.inner.keys)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Store for RedisStore {
+    async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
+        self.inner.begin(id, claim).await
+    }
+
+    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
+        let Inner { scripts, keys, .. } = &*self.inner;
+        let step = match response.is_kept() {
+            true => &scripts.complete,
+            // There is always room for the fact.
+            false => &scripts.complete_without_answer,
+        };
+        let time_to_live = record::completed_millis(retention).map_or_else(String::new, |millis| millis.to_string());
+        let (completion, channel) = (record::completion(response), keys.channel(&lease.id));
+        let arguments: [&[u8]; 4] = [
+            lease.owner.as_bytes(),
+            &completion,
+            time_to_live.as_bytes(),
+            channel.as_bytes(),
+        ];
+        self.inner.change(step, lease, &arguments).await
+    }
+
+    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+        let length = record::millis(length).to_string();
+        let arguments: [&[u8]; 2] = [lease.owner.as_bytes(), length.as_bytes()];
+        self.inner.change(&self.inner.scripts.renew, lease, &arguments).await
+    }
+
+    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+        let channel = self.inner.keys.channel(&lease.id);
+        let arguments: [&[u8]; 2] = [lease.owner.as_bytes(), channel.as_bytes()];
+        self.inner.change(&self.inner.scripts.release, lease, &arguments).await
+    }
+
+    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+        let channel = self.inner.keys.channel(&lease.id);
+        let arguments: [&[u8]; 2] = [lease.owner.as_bytes(), channel.as_bytes()];
+        self.inner.change(&self.inner.scripts.abandon, lease, &arguments).await
+    }
+
+    async fn changed(&self, id: &RecordId) {
+        self.inner.waiters.changed(id).await;
+    }
+}
+
+impl Inner {
+    /// Nearly always one command, which acquires the record or gives it back. What it cannot tell apart is found out by
+    /// a script, which begins from the start: nothing follows from what was seen before.
+    async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
+        let deadline = self.connection.deadline();
+        let key = self.keys.key(id);
+        let mut set = redis::cmd("SET");
+        set.arg(&key).arg(&record::in_progress(claim, 1)[..]);
+        set.arg("NX")
+            .arg("GET")
+            .arg("PX")
+            .arg(record::in_progress_millis(claim));
+        match self.connection.send(&set, deadline).await {
+            Ok(Value::Nil) => Ok(Begin::Acquired(Lease::new(*id, claim.owner, 1))),
+            Ok(Value::BulkString(bytes)) => {
+                let record = Record::decode(bytes)?;
+                match record.state {
+                    State::Completed(_) => record.found(id, 0),
+                    State::InProgress | State::Abandoned => self.look_closer(id, claim, true, deadline).await,
+                }
+            }
+            Ok(other) => Err(unexpected(&other)),
+            Err(error) => match classify(error) {
+                // The server says so without a look at the key, which may be there.
+                full if full.kind() == StoreErrorKind::Full => self.look_closer(id, claim, false, deadline).await,
+                error => Err(error),
+            },
+        }
+    }
+
+    async fn look_closer(
+        &self,
+        id: &RecordId,
+        claim: &Claim,
+        has_room: bool,
+        deadline: Instant,
+    ) -> Result<Begin, StoreError> {
+        let first = record::in_progress(claim, 1);
+        let takeover = claim.takeover.map(|lost| {
+            let fence = lost.fence.saturating_add(1);
+            (record::name_of(&lost), record::in_progress(claim, fence), fence)
+        });
+        let (lost, next) = takeover
+            .as_ref()
+            .map_or((&[][..], &[][..]), |(lost, next, _)| (&lost[..], &next[..]));
+        let time_to_live = record::in_progress_millis(claim).to_string();
+        let lease = record::millis(claim.lease).to_string();
+        let arguments: [&[u8]; 7] = [
+            &first,
+            time_to_live.as_bytes(),
+            lease.as_bytes(),
+            claim.owner.as_bytes(),
+            lost,
+            next,
+            if has_room { b"1" } else { b"0" },
+        ];
+        let (key, step) = (self.keys.key(id), &self.scripts.begin);
+        let answer = self.connection.run(step, key.as_bytes(), &arguments, deadline).await;
+        let acquired = |fence| Ok(Begin::Acquired(Lease::new(*id, claim.owner, fence)));
+        match Said::read(answer.map_err(classify)?)? {
+            Said {
+                what: scripts::VACANT, ..
+            } => Err(StoreErrorKind::Full.into()),
+            Said {
+                what: scripts::FIRST, ..
+            } => acquired(1),
+            Said {
+                what: scripts::TAKEN_OVER,
+                ..
+            } => acquired(takeover.map_or(1, |(_, _, fence)| fence)),
+            Said {
+                what: scripts::OWN,
+                value: Some(value),
+                ..
+            } => acquired(Record::decode(value)?.fence),
+            Said {
+                what: scripts::FOUND,
+                value: Some(value),
+                left,
+            } => Record::decode(value)?.found(id, left),
+            _ => Err(unexpected(&Value::Nil)),
+        }
+    }
+
+    async fn change(&self, step: &Step, lease: &Lease, arguments: &[&[u8]]) -> Result<(), StoreError> {
+        let (key, deadline) = (self.keys.key(&lease.id), self.connection.deadline());
+        let answer = self.connection.run(step, key.as_bytes(), arguments, deadline).await;
+        match answer.map_err(classify)? {
+            Value::Int(scripts::CHANGED) => Ok(()),
+            Value::Int(scripts::NOT_OWNED) => Err(StoreErrorKind::Fenced.into()),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+/// What the script of a claim answers.
+struct Said {
+    what: i64,
+    value: Option<Vec<u8>>,
+    left: i64,
+}
+
+impl Said {
+    fn read(answer: Value) -> Result<Self, StoreError> {
+        let Value::Array(parts) = answer else {
+            return Err(unexpected(&answer));
+        };
+        let mut parts = parts.into_iter();
+        match (parts.next(), parts.next(), parts.next()) {
+            (Some(Value::Int(what)), None, None) => Ok(Self {
+                what,
+                value: None,
+                left: -1,
+            }),
+            (Some(Value::Int(what)), Some(Value::BulkString(value)), left) => {
+                let left = if let Some(Value::Int(left)) = left { left } else { -1 };
+                Ok(Self {
+                    what,
+                    value: Some(value),
+                    left,
+                })
+            }
+            (other, _, _) => Err(unexpected(&other.unwrap_or(Value::Nil))),
+        }
+    }
+}

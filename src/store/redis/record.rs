@@ -1,0 +1,295 @@
+//! The bytes of a record in Redis.
+//!
+//! Version 1, all numbers little-endian:
+//!
+//! | bytes | content |
+//! |---|---|
+//! | 1 | version, 1 |
+//! | 1 | state: 0x0f in progress, 0xf0 abandoned, 0x55 completed |
+//! | 16 | owner |
+//! | 8 | fence |
+//! | 8 | how long the record is kept after its lease, in milliseconds |
+//! | 1 | algorithm of the fingerprint |
+//! | 32 | digest of the fingerprint |
+//! | 4 | CRC-32 of all of the above but the state |
+//! | 4 | completed only: CRC-32 of the answer |
+//! | n | completed only: the [stored answer](crate::codec), to the end |
+//!
+//! The scripts on the server read the first five fields in place, and change the state alone; so it is not under the
+//! checksum, and any two of its values differ in four bits at least.
+
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+
+use crate::{
+    codec::StoredResponse,
+    error::{StoreError, StoreErrorKind},
+    fingerprint::Fingerprint,
+    record::{Begin, Claim, Lease, Owner, RecordId, Retention},
+};
+
+const VERSION: u8 = 1;
+pub(super) const IN_PROGRESS: u8 = 0x0f;
+pub(super) const ABANDONED: u8 = 0xf0;
+pub(super) const COMPLETED: u8 = 0x55;
+/// Everything before the answer and its checksum.
+pub(super) const HEAD: usize = 71;
+const CHECKED: usize = HEAD - 4;
+
+/// Time that Redis counts in 35,000 years is time for ever; so sums of two are exact in a script's numbers, and no
+/// instant is past the last one that the server knows.
+const FOREVER: u64 = 1 << 50;
+
+/// Whole milliseconds, which end no earlier than `duration`.
+pub(super) fn millis(duration: Duration) -> u64 {
+    let millis = duration.as_nanos().div_ceil(1_000_000);
+    u64::try_from(millis).unwrap_or(FOREVER).min(FOREVER)
+}
+
+pub(super) fn retention_millis(retention: Retention) -> u64 {
+    match retention {
+        Retention::For(duration) => millis(duration),
+        Retention::Forever => FOREVER,
+    }
+}
+
+/// The time to live of a completed record; `None` for ever.
+pub(super) fn completed_millis(retention: Retention) -> Option<u64> {
+    // The server refuses a time to live of nothing.
+    Some(retention_millis(retention).max(1)).filter(|millis| *millis < FOREVER)
+}
+
+/// The time to live of a record in progress: it outlives its lease.
+pub(super) fn in_progress_millis(claim: &Claim) -> u64 {
+    (millis(claim.lease) + retention_millis(claim.retention)).max(1)
+}
+
+/// A record in progress for the claim.
+pub(super) fn in_progress(claim: &Claim, fence: u64) -> [u8; HEAD] {
+    let mut head = [0; HEAD];
+    head[0] = VERSION;
+    head[1] = IN_PROGRESS;
+    head[2..18].copy_from_slice(claim.owner.as_bytes());
+    head[18..26].copy_from_slice(&fence.to_le_bytes());
+    head[26..34].copy_from_slice(&retention_millis(claim.retention).to_le_bytes());
+    head[34] = claim.fingerprint.algorithm();
+    head[35..67].copy_from_slice(claim.fingerprint.digest());
+    let checksum = head_checksum(&head[..CHECKED]);
+    head[CHECKED..].copy_from_slice(&checksum.to_le_bytes());
+    head
+}
+
+/// What follows the head of a completed record.
+pub(super) fn completion(response: &StoredResponse) -> Vec<u8> {
+    let answer = response.as_bytes();
+    let mut out = Vec::with_capacity(4 + answer.len());
+    out.extend_from_slice(&crc32fast::hash(answer).to_le_bytes());
+    out.extend_from_slice(answer);
+    out
+}
+
+/// Owner and fence as they stand in a record, for comparison by a script.
+pub(super) fn name_of(lease: &Lease) -> [u8; 24] {
+    let mut name = [0; 24];
+    name[..16].copy_from_slice(lease.owner.as_bytes());
+    name[16..].copy_from_slice(&lease.fence.to_le_bytes());
+    name
+}
+
+/// A record that was read and found whole.
+#[derive(Debug)]
+pub(super) struct Record {
+    pub(super) owner: Owner,
+    pub(super) fence: u64,
+    /// Milliseconds.
+    keep: u64,
+    fingerprint: Fingerprint,
+    pub(super) state: State,
+}
+
+#[derive(Debug)]
+pub(super) enum State {
+    InProgress,
+    Abandoned,
+    Completed(StoredResponse),
+}
+
+impl Record {
+    pub(super) fn decode(bytes: Vec<u8>) -> Result<Self, StoreError> {
+        let bytes = Bytes::from(bytes);
+        match bytes.first() {
+            Some(&VERSION) => {}
+            Some(&newer) if newer > VERSION => return Err(StoreErrorKind::NewerVersion.into()),
+            _ => return Err(corrupt("there is no such version")),
+        }
+        if bytes.len() < HEAD {
+            return Err(corrupt("a record is longer than that"));
+        }
+        let mut rest = bytes;
+        let mut head = rest.split_to(HEAD);
+        let expected = head_checksum(&head[..CHECKED]);
+        let state = head[1];
+        head.advance(2);
+        let mut owner = [0; 16];
+        head.copy_to_slice(&mut owner);
+        let (fence, keep, algorithm) = (head.get_u64_le(), head.get_u64_le(), head.get_u8());
+        let mut digest = [0; 32];
+        head.copy_to_slice(&mut digest);
+        if head.get_u32_le() != expected {
+            return Err(corrupt("the checksum of the head is another one"));
+        }
+        let state = match state {
+            IN_PROGRESS if rest.is_empty() => State::InProgress,
+            ABANDONED if rest.is_empty() => State::Abandoned,
+            COMPLETED => State::Completed(decode_answer(rest)?),
+            _ => return Err(corrupt("there is no such state")),
+        };
+        Ok(Self {
+            owner: Owner::from_bytes(owner),
+            fence,
+            keep,
+            fingerprint: Fingerprint::new(algorithm, digest),
+            state,
+        })
+    }
+
+    pub(super) fn lease(&self, id: &RecordId) -> Lease {
+        Lease::new(*id, self.owner, self.fence)
+    }
+
+    /// What somebody who is not its owner finds, `time_to_live` milliseconds before the server forgets it.
+    pub(super) fn found(self, id: &RecordId, time_to_live: i64) -> Result<Begin, StoreError> {
+        let fingerprint = self.fingerprint;
+        let lost = self.lease(id);
+        let abandoned = Begin::Abandoned { fingerprint, lost };
+        match self.state {
+            State::Completed(response) => Ok(Begin::Completed { fingerprint, response }),
+            State::Abandoned => Ok(abandoned),
+            // Somebody took its time to live away: nobody knows any more when its lease ends.
+            State::InProgress if time_to_live < 0 => Err(corrupt("a record in progress has no time to live")),
+            // The server cuts off parts of a millisecond: less than nothing is left only when all of it has passed.
+            State::InProgress => match (time_to_live as u64).checked_sub(self.keep) {
+                Some(remaining) => Ok(Begin::InProgress {
+                    fingerprint,
+                    remaining: Duration::from_millis(remaining),
+                }),
+                None => Ok(abandoned),
+            },
+        }
+    }
+}
+
+fn decode_answer(mut bytes: Bytes) -> Result<StoredResponse, StoreError> {
+    let expected = bytes.try_get_u32_le().map_err(corrupt)?;
+    if crc32fast::hash(&bytes) != expected {
+        return Err(corrupt("the checksum of the answer is another one"));
+    }
+    StoredResponse::from_bytes(bytes)
+}
+
+fn head_checksum(checked: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&checked[..1]);
+    hasher.update(&checked[2..]);
+    hasher.finalize()
+}
+
+fn corrupt(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> StoreError {
+    StoreError::with_source(StoreErrorKind::Corrupt, source)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use http::StatusCode;
+
+    use super::*;
+
+    fn claim() -> Claim {
+        let fingerprint = Fingerprint::new(3, [4; 32]);
+        let (lease, retention) = (Duration::from_secs(60), Duration::from_secs(1));
+        Claim::new(fingerprint, Owner::from_bytes([2; 16]), lease, retention.into())
+    }
+
+    fn completed() -> Vec<u8> {
+        let mut bytes = in_progress(&claim(), 5).to_vec();
+        bytes[1] = COMPLETED;
+        bytes.extend(completion(&StoredResponse::not_kept(StatusCode::CREATED)));
+        bytes
+    }
+
+    /// Version 1 as it was first released. These bytes are on servers: they never change.
+    const GOLDEN: &str = "0155\
+        02020202020202020202020202020202\
+        0500000000000000e803000000000000\
+        030404040404040404040404040404040404040404040404040404040404040404\
+        4c9efc5a\
+        9faeb551\
+        0101c90000000000000000000000000000000000";
+
+    #[test]
+    fn version_1_is_written_and_read_as_it_was_first_released() {
+        let bytes = completed();
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, GOLDEN);
+        let record = Record::decode(bytes).unwrap();
+        assert_eq!((record.fence, record.keep), (5, 1000));
+        assert!(matches!(record.state, State::Completed(answer) if answer.status() == StatusCode::CREATED));
+    }
+
+    #[test]
+    fn a_newer_version_is_told_apart_from_damage() {
+        let mut bytes = completed();
+        bytes[0] = 2;
+        assert_eq!(Record::decode(bytes).unwrap_err().kind(), StoreErrorKind::NewerVersion);
+        for bytes in [vec![], vec![0; 100], vec![VERSION; HEAD - 1]] {
+            assert_eq!(Record::decode(bytes).unwrap_err().kind(), StoreErrorKind::Corrupt);
+        }
+    }
+
+    #[test]
+    fn every_changed_bit_and_every_cut_is_found() {
+        for good in [in_progress(&claim(), 1).to_vec(), completed()] {
+            for bit in 0..good.len() * 8 {
+                let mut bytes = good.clone();
+                bytes[bit / 8] ^= 1 << (bit % 8);
+                assert!(Record::decode(bytes).is_err(), "bit {bit}");
+            }
+            for end in 0..good.len() {
+                assert!(Record::decode(good[..end].to_vec()).is_err(), "cut at {end}");
+            }
+            let longer = [&good[..], b"x"].concat();
+            assert_eq!(Record::decode(longer).unwrap_err().kind(), StoreErrorKind::Corrupt);
+        }
+    }
+
+    #[test]
+    fn durations_are_counted_up_to_whole_milliseconds_and_never_overflow() {
+        assert_eq!(millis(Duration::ZERO), 0);
+        assert_eq!(millis(Duration::from_nanos(1)), 1);
+        assert_eq!(millis(Duration::from_micros(1001)), 2);
+        assert_eq!(millis(Duration::MAX), FOREVER);
+        assert_eq!(completed_millis(Retention::For(Duration::ZERO)), Some(1));
+        assert_eq!(completed_millis(Retention::Forever), None);
+        assert_eq!(completed_millis(Retention::For(Duration::MAX)), None);
+    }
+
+    #[test]
+    fn a_lease_is_what_the_time_to_live_leaves_after_the_retention() {
+        let id = RecordId::from_bytes([7; 32]);
+        let look = |time_to_live| {
+            let record = Record::decode(in_progress(&claim(), 1).to_vec()).unwrap();
+            record.found(&id, time_to_live)
+        };
+        let left = |begin| match begin {
+            Ok(Begin::InProgress { remaining, .. }) => Some(remaining.as_millis()),
+            _ => None,
+        };
+        assert_eq!(left(look(1500)), Some(500));
+        assert_eq!(left(look(1000)), Some(0));
+        assert!(matches!(look(999), Ok(Begin::Abandoned { lost, .. }) if lost.fence == 1));
+        assert_eq!(look(-1).unwrap_err().kind(), StoreErrorKind::Corrupt);
+    }
+}

@@ -1,0 +1,339 @@
+//! The Redis store's contract and own promises, on servers of the tests' own.
+#![cfg(all(feature = "redis", feature = "testing"))]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::{
+    future::{Future, poll_fn},
+    pin::pin,
+    task::Poll,
+    time::Duration,
+};
+
+use http::StatusCode;
+use support::redis::Redis;
+use tower_idempotency::{
+    Begin, Claim, Fingerprint, Lease, Owner, RecordId, RedisStore, Retention, Store, StoreErrorKind, StoredResponse,
+    testing::{self, Subject},
+};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn claim() -> Claim {
+    let fingerprint = Fingerprint::new(1, [1; 32]);
+    Claim::new(fingerprint, Owner::random().unwrap(), MINUTE, MINUTE.into())
+}
+
+fn id(number: u8) -> RecordId {
+    RecordId::from_bytes([number; 32])
+}
+
+fn key(number: u8) -> String {
+    format!("idempotency:{}", id(number).to_hex())
+}
+
+fn answer() -> StoredResponse {
+    StoredResponse::not_kept(StatusCode::CREATED)
+}
+
+async fn acquire(store: &RedisStore, number: u8) -> Lease {
+    match store.begin(&id(number), &claim()).await {
+        Ok(Begin::Acquired(lease)) => lease,
+        other => panic!("{number} was to be acquired, not {other:?}"),
+    }
+}
+
+async fn refusal(store: &RedisStore, number: u8) -> StoreErrorKind {
+    store.begin(&id(number), &claim()).await.unwrap_err().kind()
+}
+
+/// Whether it is ready when it is polled once.
+async fn is_ready(future: std::pin::Pin<&mut impl Future<Output = ()>>) -> bool {
+    let mut future = future;
+    poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx).is_ready())).await
+}
+
+struct Real(Redis);
+
+impl Subject for Real {
+    type Store = RedisStore;
+
+    async fn store(&self) -> RedisStore {
+        RedisStore::connect(&self.0.url()).await.unwrap()
+    }
+
+    async fn pass(&self, time: Duration) {
+        tokio::time::sleep(time).await;
+    }
+
+    fn tick(&self) -> Duration {
+        Duration::from_millis(400)
+    }
+}
+
+#[tokio::test]
+async fn the_store_keeps_the_contract() {
+    testing::check(&Real(Redis::start(&[]))).await.assert();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_store_keeps_the_contract_under_many_threads() {
+    testing::check_races(&Real(Redis::start(&[]))).await.assert();
+}
+
+async fn look(store: &RedisStore, number: u8) -> Begin {
+    store.begin(&id(number), &claim()).await.unwrap()
+}
+
+async fn connected(server: &Redis) -> RedisStore {
+    RedisStore::connect(&server.url()).await.unwrap()
+}
+
+// ---- what it costs
+
+#[tokio::test]
+async fn a_claim_and_a_replay_are_one_command_each_and_an_end_is_one_script() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    let lease = acquire(&store, 1).await;
+    assert_eq!((server.calls("set").await, server.calls("evalsha").await), (1, 0));
+    store.complete(&lease, &answer(), MINUTE.into()).await.unwrap();
+    let scripts = server.calls("evalsha").await;
+    // The one that completes sets, too.
+    let sets = server.calls("set").await;
+    assert!(matches!(look(&store, 1).await, Begin::Completed { .. }));
+    assert_eq!(server.calls("set").await, sets + 1);
+    assert_eq!(server.calls("evalsha").await, scripts);
+    assert_eq!((server.calls("get").await, server.calls("pttl").await), (0, 0));
+    // The script was sent in full once, and is known by its hash from then on.
+    let lease = acquire(&store, 2).await;
+    store.complete(&lease, &answer(), MINUTE.into()).await.unwrap();
+    assert_eq!(
+        (server.calls("eval").await, server.calls("evalsha").await),
+        (1, scripts + 1)
+    );
+}
+
+#[tokio::test]
+async fn a_server_that_forgot_the_scripts_is_told_them_again() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    for number in 0..2 {
+        server.say(&["SCRIPT", "FLUSH"]).await;
+        let lease = acquire(&store, number).await;
+        store.renew(&lease, MINUTE).await.unwrap();
+        store.complete(&lease, &answer(), MINUTE.into()).await.unwrap();
+        assert!(matches!(look(&store, number).await, Begin::Completed { .. }));
+    }
+}
+
+// ---- who owns what
+
+#[tokio::test]
+async fn a_renewal_that_lands_after_an_abandon_revives_nothing() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    let own = claim();
+    let Begin::Acquired(lease) = store.begin(&id(1), &own).await.unwrap() else {
+        panic!("it was vacant");
+    };
+    store.abandon(&lease).await.unwrap();
+    let late = store.renew(&lease, MINUTE).await.unwrap_err();
+    assert_eq!(late.kind(), StoreErrorKind::Fenced);
+    assert!(matches!(look(&store, 1).await, Begin::Abandoned { lost, .. } if lost == lease));
+    // Neither does its claim, if that was late.
+    let late = store.begin(&id(1), &own).await.unwrap();
+    assert!(
+        matches!(late, Begin::Abandoned { lost, .. } if lost == lease),
+        "{late:?}"
+    );
+    store.abandon(&lease).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_repeated_completion_succeeds_and_changes_nothing() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    let lease = acquire(&store, 1).await;
+    store.complete(&lease, &answer(), MINUTE.into()).await.unwrap();
+    let before: Vec<u8> = server.ask(&["GET", &key(1)]).await;
+    let other = StoredResponse::not_kept(StatusCode::ACCEPTED);
+    store.complete(&lease, &other, Retention::Forever).await.unwrap();
+    assert_eq!(server.ask::<Vec<u8>>(&["GET", &key(1)]).await, before);
+    let left: i64 = server.ask(&["PTTL", &key(1)]).await;
+    assert!(left > 0, "it still expires");
+}
+
+#[tokio::test]
+async fn the_servers_clock_alone_ends_a_lease() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    let lease = acquire(&store, 1).await;
+    // As if the lease's minute had passed there, and no more than the first of the retention's.
+    let retention = MINUTE.as_millis().to_string();
+    server.say(&["PEXPIRE", &key(1), &retention]).await;
+    let taken = claim().taking_over(lease);
+    let next = loop {
+        match store.begin(&id(1), &taken).await.unwrap() {
+            Begin::Acquired(lease) => break lease,
+            Begin::InProgress { remaining, .. } => assert!(remaining.is_zero()),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(next.fence, 2);
+    assert!(matches!(look(&store, 1).await, Begin::InProgress { .. }));
+}
+
+#[tokio::test]
+async fn what_is_kept_for_ever_has_no_time_to_live() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    let lease = acquire(&store, 1).await;
+    store.complete(&lease, &answer(), Retention::Forever).await.unwrap();
+    assert_eq!(server.ask::<i64>(&["PTTL", &key(1)]).await, -1);
+}
+
+#[tokio::test]
+async fn services_with_different_prefixes_know_nothing_of_each_other() {
+    let server = Redis::start(&[]);
+    let other = RedisStore::builder()
+        .prefix("other:")
+        .connect(&server.url())
+        .await
+        .unwrap();
+    acquire(&connected(&server).await, 1).await;
+    acquire(&other, 1).await;
+}
+
+// ---- what cannot be read
+
+#[tokio::test]
+async fn a_record_that_cannot_be_read_is_an_error_and_stays() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    for number in 1..=4 {
+        let lease = acquire(&store, number).await;
+        if number == 2 {
+            store.complete(&lease, &answer(), MINUTE.into()).await.unwrap();
+        }
+    }
+    // In the fingerprint; the status of the answer, which is one still; the version; the time to live.
+    server.say(&["SETRANGE", &key(1), "40", "x"]).await;
+    server.say(&["SETRANGE", &key(2), "77", "x"]).await;
+    server.say(&["SETRANGE", &key(3), "0", "\u{2}"]).await;
+    server.say(&["PERSIST", &key(4)]).await;
+    server.say(&["SET", &key(5), ""]).await;
+    server.say(&["LPUSH", &key(6), "x"]).await;
+    for (number, kind) in [
+        (1, StoreErrorKind::Corrupt),
+        (2, StoreErrorKind::Corrupt),
+        (3, StoreErrorKind::NewerVersion),
+        (4, StoreErrorKind::Corrupt),
+        (5, StoreErrorKind::Corrupt),
+        (6, StoreErrorKind::Corrupt),
+    ] {
+        let before: Vec<u8> = server.ask(&["DUMP", &key(number)]).await;
+        assert_eq!(refusal(&store, number).await, kind, "{number}");
+        assert_eq!(server.ask::<Vec<u8>>(&["DUMP", &key(number)]).await, before, "{number}");
+    }
+}
+
+// ---- waiting
+
+#[tokio::test]
+async fn nothing_is_published_while_nobody_waits() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    for number in 0..3 {
+        let lease = acquire(&store, number).await;
+        match number {
+            0 => store.complete(&lease, &answer(), MINUTE.into()).await.unwrap(),
+            1 => store.release(&lease).await.unwrap(),
+            _ => store.abandon(&lease).await.unwrap(),
+        }
+    }
+    assert_eq!(server.calls("publish").await, 0);
+    assert_eq!(server.ask::<String>(&["CLIENT", "LIST", "TYPE", "pubsub"]).await, "");
+}
+
+#[tokio::test]
+async fn a_waiter_on_another_node_hears_of_every_end_over_one_subscription() {
+    let server = Redis::start(&[]);
+    let (store, other) = (connected(&server).await, connected(&server).await);
+    for number in 0..3 {
+        let lease = acquire(&store, number).await;
+        // The first to listen is woken once the server has confirmed: it looks again.
+        other.changed(&id(number)).await;
+        let record = id(number);
+        let mut waiters: Vec<_> = (0..8).map(|_| Box::pin(other.changed(&record))).collect();
+        for waiter in &mut waiters {
+            assert!(!is_ready(waiter.as_mut()).await);
+        }
+        match number {
+            0 => store.complete(&lease, &answer(), MINUTE.into()).await.unwrap(),
+            1 => store.release(&lease).await.unwrap(),
+            _ => store.abandon(&lease).await.unwrap(),
+        }
+        for waiter in waiters {
+            waiter.await;
+        }
+    }
+    assert_eq!(server.calls("publish").await, 3);
+    assert_eq!(
+        server.calls("subscribe").await,
+        3,
+        "one for each record, not for each waiter"
+    );
+    let subscribers: String = server.ask(&["CLIENT", "LIST", "TYPE", "pubsub"]).await;
+    assert_eq!(subscribers.lines().count(), 1, "{subscribers}");
+}
+
+#[tokio::test]
+async fn who_listens_again_asks_the_server_for_nothing() {
+    let server = Redis::start(&[]);
+    let (store, other) = (connected(&server).await, connected(&server).await);
+    acquire(&store, 1).await;
+    other.changed(&id(1)).await;
+    let record = id(1);
+    for _ in 0..50 {
+        {
+            let mut again = pin!(other.changed(&record));
+            assert!(!is_ready(again.as_mut()).await);
+        }
+        // As a waiter does, while nobody listens.
+        assert!(matches!(look(&other, 1).await, Begin::InProgress { .. }));
+    }
+    assert_eq!(server.calls("subscribe").await, 1);
+}
+
+#[tokio::test]
+async fn waiters_hear_again_after_their_subscription_broke() {
+    let server = Redis::start(&[]);
+    let (store, other) = (connected(&server).await, connected(&server).await);
+    let lease = acquire(&store, 1).await;
+    other.changed(&id(1)).await;
+    let record = id(1);
+    let mut waiting = pin!(other.changed(&record));
+    assert!(!is_ready(waiting.as_mut()).await);
+    server.say(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
+    // Woken by the new subscription: something may have changed meanwhile.
+    waiting.await;
+    let mut waiting = pin!(other.changed(&record));
+    assert!(!is_ready(waiting.as_mut()).await);
+    store.complete(&lease, &answer(), MINUTE.into()).await.unwrap();
+    waiting.await;
+}
+
+#[tokio::test]
+async fn a_channel_that_nobody_listens_to_is_left() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    acquire(&store, 1).await;
+    store.changed(&id(1)).await;
+    let channels = async || server.ask::<Vec<String>>(&["PUBSUB", "CHANNELS"]).await;
+    assert_eq!(channels().await, [format!("idempotency:changed:{}", id(1).to_hex())]);
+    while !channels().await.is_empty() {
+        tokio::task::yield_now().await;
+    }
+}

@@ -1,0 +1,120 @@
+//! A network of the test's own between a store and its server.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, tcp::OwnedReadHalf, tcp::OwnedWriteHalf},
+    sync::watch,
+    task::JoinSet,
+};
+
+/// What becomes of the answers to what is sent through connections that stand, and of new connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weather {
+    /// They arrive.
+    Clear,
+    /// The next answer is swallowed, and its connection with it; then it is clear again.
+    LoseAnswer,
+    /// Nothing arrives anywhere, and nobody is told. New connections are clear.
+    BlackHole,
+}
+
+/// Passes bytes on, in the weather that the test makes. Ends when it is dropped.
+pub struct Proxy {
+    address: SocketAddr,
+    weather: Arc<Mutex<watch::Sender<Weather>>>,
+    _connections: JoinSet<()>,
+}
+
+impl Proxy {
+    pub async fn before(port: u16) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
+        let address = listener.local_addr().expect("it is bound");
+        let weather = Arc::new(Mutex::new(watch::Sender::new(Weather::Clear)));
+        let mut connections = JoinSet::new();
+        let sky = Arc::clone(&weather);
+        connections.spawn(async move {
+            let mut passing = JoinSet::new();
+            while let Ok((client, _)) = listener.accept().await {
+                let server = TcpStream::connect(("127.0.0.1", port)).await;
+                let Ok(server) = server else { continue };
+                passing.spawn(pass(client, server, Arc::clone(&sky)));
+            }
+        });
+        Self {
+            address,
+            weather,
+            _connections: connections,
+        }
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis://{}", self.address)
+    }
+
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
+    /// For connections that stand now.
+    pub fn make(&self, weather: Weather) {
+        self.weather.lock().unwrap().send_replace(weather);
+    }
+
+    /// New connections are under a sky of their own; those that stand keep theirs.
+    pub fn black_hole(&self) {
+        let mut sky = self.weather.lock().unwrap();
+        sky.send_replace(Weather::BlackHole);
+        *sky = watch::Sender::new(Weather::Clear);
+    }
+
+    pub fn weather(&self) -> Weather {
+        *self.weather.lock().unwrap().borrow()
+    }
+}
+
+async fn pass(client: TcpStream, server: TcpStream, sky: Arc<Mutex<watch::Sender<Weather>>>) {
+    let _ = (client.set_nodelay(true), server.set_nodelay(true));
+    let own = sky.lock().unwrap().clone();
+    let (from_client, to_client) = client.into_split();
+    let (from_server, to_server) = server.into_split();
+    tokio::select! {
+        () = requests(from_client, to_server, own.clone()) => {}
+        () = answers(from_server, to_client, own) => {}
+    }
+}
+
+async fn requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, sky: watch::Sender<Weather>) {
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(length @ 1..) = from.read(&mut buffer).await {
+        if *sky.borrow() == Weather::BlackHole {
+            continue;
+        }
+        if to.write_all(&buffer[..length]).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn answers(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, sky: watch::Sender<Weather>) {
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(length @ 1..) = from.read(&mut buffer).await {
+        let weather = *sky.borrow();
+        match weather {
+            Weather::Clear => {
+                if to.write_all(&buffer[..length]).await.is_err() {
+                    return;
+                }
+            }
+            Weather::LoseAnswer => {
+                sky.send_replace(Weather::Clear);
+                return;
+            }
+            Weather::BlackHole => {}
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Redis servers as processes of their own, on private ports of the loopback interface.
+
+use std::{
+    io::{BufRead, BufReader},
+    net::TcpListener,
+    process::{Child, Command, Stdio},
+};
+
+use redis::{Value, aio::MultiplexedConnection};
+use tempfile::TempDir;
+
+/// A running server with a folder of its own, killed when it is dropped.
+pub struct Redis {
+    process: Option<Child>,
+    port: u16,
+    folder: TempDir,
+    options: Vec<String>,
+}
+
+/// Whether somebody else took the port before the server did is only known once it has started.
+const TRIES: usize = 20;
+
+impl Redis {
+    /// A server that neither evicts nor forgets. Options are those of `redis-server`.
+    pub fn start(options: &[&str]) -> Self {
+        let mut server = Self {
+            process: None,
+            port: 0,
+            folder: tempfile::tempdir().expect("a folder"),
+            options: options.iter().map(|&option| option.to_owned()).collect(),
+        };
+        for _ in 0..TRIES {
+            server.port = free_port();
+            if server.run("Ready to accept connections") {
+                return server;
+            }
+        }
+        panic!("redis-server does not start; is the package redis-server installed?");
+    }
+
+    /// Starts it again on its port, with what its folder holds, and waits until it says so much.
+    pub fn restart(&mut self, until: &str) {
+        assert!(self.process.is_none(), "it is still running");
+        assert!(self.run(until), "it started before");
+    }
+
+    pub fn set_options(&mut self, options: &[&str]) {
+        self.options = options.iter().map(|&option| option.to_owned()).collect();
+    }
+
+    fn run(&mut self, until: &str) -> bool {
+        let mut process = Command::new("redis-server")
+            .args(["--bind", "127.0.0.1", "--port", &self.port.to_string()])
+            .args(["--appendonly", "yes", "--appendfsync", "always", "--save", ""])
+            .args(&self.options)
+            .current_dir(self.folder.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the package redis-server is installed");
+        let mut lines = BufReader::new(process.stdout.take().expect("it is piped")).lines();
+        let is_up = lines.by_ref().any(|line| line.is_ok_and(|line| line.contains(until)));
+        if is_up {
+            // Read on, so that it is never held up by a full pipe.
+            std::thread::spawn(move || lines.for_each(drop));
+            self.process = Some(process);
+        } else {
+            let _ = process.wait();
+        }
+        is_up
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// As a power switch would.
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill().expect("it was running");
+            process.wait().expect("it ended");
+        }
+    }
+
+    /// It takes bytes and answers none, until [`resume`](Self::resume).
+    pub fn pause(&self) {
+        self.signal("-STOP");
+    }
+
+    pub fn resume(&self) {
+        self.signal("-CONT");
+    }
+
+    fn signal(&self, signal: &str) {
+        let id = self.process.as_ref().expect("it is running").id().to_string();
+        let sent = Command::new("kill").args([signal, &id]).status();
+        assert!(sent.is_ok_and(|status| status.success()), "the signal was sent");
+    }
+
+    /// A connection for the test itself.
+    pub async fn connection(&self) -> MultiplexedConnection {
+        let client = redis::Client::open(self.url()).expect("a URL");
+        client.get_multiplexed_async_connection().await.expect("it is up")
+    }
+
+    pub async fn ask<T: redis::FromRedisValue>(&self, words: &[&str]) -> T {
+        let mut command = redis::cmd(words[0]);
+        for word in &words[1..] {
+            command.arg(*word);
+        }
+        let mut connection = self.connection().await;
+        command.query_async(&mut connection).await.expect("an answer")
+    }
+
+    pub async fn say(&self, words: &[&str]) {
+        let _: Value = self.ask(words).await;
+    }
+
+    /// How often the server ran this command, called by scripts included.
+    pub async fn calls(&self, command: &str) -> u64 {
+        let statistics: String = self.ask(&["INFO", "commandstats"]).await;
+        let name = format!("cmdstat_{command}:calls=");
+        let calls = statistics.lines().find_map(|line| line.strip_prefix(name.as_str()));
+        let number = calls.and_then(|calls| calls.split(',').next());
+        number.map_or(0, |number| number.parse().expect("a number"))
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        if let Some(process) = &mut self.process {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
+    listener.local_addr().expect("it is bound").port()
+}
