@@ -7,18 +7,20 @@ mod support;
 
 use std::{
     io,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
+    task::Poll,
     time::Duration,
 };
 
 use sha2::{Digest, Sha256};
 use support::medium::{Failing, TestClock};
 use tower_idempotency::{
-    Begin, Claim, FileStore, Fingerprint, Lease, Owner, RecordId, Retention, Store, StoreErrorKind, StoredResponse,
-    testing::Medium,
+    Begin, Claim, FileStore, Fingerprint, Lease, Owner, RecordId, Retention, Store, StoreError, StoreErrorKind,
+    StoredResponse, testing::Medium,
 };
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -283,4 +285,121 @@ async fn a_store_that_is_never_open_for_long_and_seldom_changed_still_forgets() 
             break;
         }
     }
+}
+
+// ---- changes that share a sync
+
+/// Polls each in turn while a sync holds the writer up, so that all of them are in the batch after it.
+async fn in_one_batch(
+    store: &FileStore,
+    medium: &Failing,
+    steps: Vec<Step<'_>>,
+) -> Vec<Result<&'static str, StoreErrorKind>> {
+    let before = medium.syncs();
+    medium.block_syncs(true);
+    let (other, owner) = (id(1_000_000 + before), claim());
+    let mut holding = Box::pin(store.begin(&other, &owner));
+    let _ = poll_once(&mut holding).await;
+    while medium.syncs() == before {
+        tokio::task::yield_now().await;
+    }
+    let mut steps = steps;
+    for step in &mut steps {
+        assert!(poll_once(step).await.is_none(), "it was answered before its sync");
+    }
+    medium.block_syncs(false);
+    holding.await.unwrap();
+    let mut results = Vec::new();
+    for step in steps {
+        results.push(step.await);
+    }
+    results
+}
+
+type Step<'a> = Pin<Box<dyn Future<Output = Result<&'static str, StoreErrorKind>> + 'a>>;
+
+async fn poll_once<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {
+    std::future::poll_fn(|cx| match Pin::new(&mut *future).poll(cx) {
+        Poll::Ready(output) => Poll::Ready(Some(output)),
+        Poll::Pending => Poll::Ready(None),
+    })
+    .await
+}
+
+fn word(found: Result<Begin, StoreError>) -> Result<&'static str, StoreErrorKind> {
+    found.map_err(|error| error.kind()).map(|found| match found {
+        Begin::Acquired(lease) if lease.fence == 1 => "acquired",
+        Begin::Acquired(_) => "taken over",
+        Begin::InProgress { .. } => "in progress",
+        Begin::Abandoned { .. } => "abandoned",
+        Begin::Completed { .. } => "completed",
+        other => panic!("{other:?}"),
+    })
+}
+
+fn done(result: Result<(), StoreError>) -> Result<&'static str, StoreErrorKind> {
+    result.map_err(|error| error.kind()).map(|()| "done")
+}
+
+#[tokio::test]
+async fn changes_of_one_batch_are_made_one_after_the_other() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    let store = &open(&medium, &clock).await;
+    let answer = &response();
+    let leases = [
+        acquire(store, 0).await,
+        acquire(store, 1).await,
+        acquire(store, 2).await,
+    ];
+    let [completed, abandoned, expired] = &leases;
+    let wrong = Lease::new(abandoned.id, Owner::random().unwrap(), 1);
+    let stale = Lease::new(abandoned.id, abandoned.owner, 9);
+    let (one, two) = (&claim(), &claim());
+    let takers = &[wrong, stale, *abandoned, *abandoned].map(|lost| claim().taking_over(lost));
+    let fenced = Err(StoreErrorKind::Fenced);
+    let steps: Vec<(Step<'_>, Result<&'static str, StoreErrorKind>)> = vec![
+        (
+            Box::pin(async { done(store.complete(completed, answer, Retention::Forever).await) }),
+            Ok("done"),
+        ),
+        (Box::pin(async { done(store.release(completed).await) }), fenced),
+        (Box::pin(async { done(store.abandon(abandoned).await) }), Ok("done")),
+        (
+            Box::pin(async { done(store.renew(abandoned, MINUTE).await) }),
+            Ok("done"),
+        ),
+        (Box::pin(async { done(store.abandon(abandoned).await) }), Ok("done")),
+        (Box::pin(async { done(store.renew(&wrong, MINUTE).await) }), fenced),
+        (Box::pin(async { done(store.release(expired).await) }), Ok("done")),
+        (Box::pin(async { done(store.release(expired).await) }), fenced),
+    ];
+    let (steps, expected): (Vec<_>, Vec<_>) = steps.into_iter().unzip();
+    assert_eq!(in_one_batch(store, &medium, steps).await, expected);
+    let begin =
+        |number: u64, claim| -> Step<'_> { Box::pin(async move { word(store.begin(&id(number), claim).await) }) };
+    // A vacant record, which is claimed twice, and once more by the first.
+    let steps = vec![begin(2, one), begin(2, two), begin(2, one), begin(1, &takers[2])];
+    let found = in_one_batch(store, &medium, steps).await;
+    let sorted = |mut words: Vec<_>| {
+        words.sort_by_key(|word| format!("{word:?}"));
+        words
+    };
+    let [first, second, again, taken] = found[..] else {
+        panic!("{found:?}")
+    };
+    assert_eq!((first, taken), (again, Ok("taken over")), "{found:?}");
+    assert_eq!(sorted(vec![first, second]), [Ok("acquired"), Ok("in progress")]);
+    for (taker, found) in [
+        (0, "in progress"),
+        (1, "in progress"),
+        (3, "in progress"),
+        (2, "taken over"),
+    ] {
+        assert_eq!(word(store.begin(&id(1), &takers[taker]).await), Ok(found));
+    }
+    assert_eq!(
+        done(store.complete(abandoned, answer, Retention::Forever).await),
+        fenced
+    );
+    assert_eq!(word(store.begin(&id(0), one).await), Ok("completed"));
 }

@@ -2,7 +2,6 @@
 //! answers.
 
 use std::{
-    mem,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::Ordering::SeqCst},
     time::{Duration, Instant},
@@ -89,9 +88,10 @@ impl Writer {
             }
             let started = Instant::now();
             self.last.jobs = jobs.len();
-            let batch = mem::take(&mut jobs);
-            if catch_unwind(AssertUnwindSafe(|| self.batch(batch))).is_err() {
-                self.shared.fail(None);
+            if catch_unwind(AssertUnwindSafe(|| self.batch(&mut jobs))).is_err() {
+                // Before anybody hears of it: what comes next finds that the store failed.
+                let broken = self.shared.fail(None);
+                refuse(&mut jobs, || broken.clone().into());
             }
             self.last.took = started.elapsed();
         }
@@ -129,14 +129,14 @@ impl Writer {
         Ok(())
     }
 
-    fn batch(&mut self, mut jobs: Vec<WriteJob>) {
+    fn batch(&mut self, jobs: &mut Vec<WriteJob>) {
         if let Some(broken) = self.shared.broken.get() {
             return refuse(jobs, || broken.clone().into());
         }
         self.now = jobs.iter().map(asked).fold(self.now, Time::max);
         self.try_to_recover();
         let result = match &*self.shared.database() {
-            Some(database) => apply(self.now, self.stamped, self.room, &self.shared, database, &mut jobs),
+            Some(database) => apply(self.now, self.stamped, self.room, &self.shared, database, jobs),
             None => return refuse(jobs, || StoreErrorKind::Unavailable.into()),
         };
         match result {
@@ -149,7 +149,7 @@ impl Writer {
                     None if self.backend.spare.is_short() => Some(0),
                     room => room,
                 };
-                for (job, outcome) in jobs.into_iter().zip(applied.outcomes) {
+                for (job, outcome) in jobs.drain(..).zip(applied.outcomes) {
                     self.tell(job, outcome);
                 }
             }
@@ -304,8 +304,8 @@ fn asked(job: &WriteJob) -> Time {
     }
 }
 
-fn refuse(jobs: Vec<WriteJob>, error: impl Fn() -> StoreError) {
-    for job in jobs {
+fn refuse(jobs: &mut Vec<WriteJob>, error: impl Fn() -> StoreError) {
+    for job in jobs.drain(..) {
         match job {
             WriteJob::Begin(mut job) => job.answer(Err(error())),
             WriteJob::Change(job) => drop(job.answer.send(Err(error()))),
