@@ -4,7 +4,7 @@
 //! to learn how long the store was closed:
 //!
 //! - Where the system tells which start of the machine this is and how long ago it was (Linux), and it is the same
-//!   start as before, that tells it exactly.
+//!   start as before, that tells it exactly, unless it is more than an hour longer than the wall clock says.
 //! - Otherwise the wall clocks of then and now do, less [`TOLERANCE`]. A clock that went back, or forward by up to
 //!   an hour, has no effect then: time stands still rather than leap, so nothing ends earlier than asked. That goes for
 //!   a clock that is set right after it went back, too: what a run remembers is never behind what the one before
@@ -100,9 +100,15 @@ impl Stamp {
 
     /// How long the store was closed, as far as it can be believed.
     fn closed_for(&self, opened: &Opening) -> Time {
+        let by_the_wall = opened.wall.saturating_sub(self.wall);
         match (&self.machine, &opened.machine) {
-            (Some((then, since)), Some((now, up))) if then == now => up.saturating_sub(*since),
-            _ => opened.wall.saturating_sub(self.wall).saturating_sub(nanos(TOLERANCE)),
+            // A container may count its own uptime and name its host's start: then the two are not of one clock, and
+            // what the wall clock does not know of at all is not believed.
+            (Some((then, since)), Some((now, up))) if then == now => {
+                let by_the_machine = up.saturating_sub(*since);
+                by_the_machine.min(by_the_wall.saturating_add(nanos(TOLERANCE)))
+            }
+            _ => by_the_wall.saturating_sub(nanos(TOLERANCE)),
         }
     }
 
@@ -270,6 +276,19 @@ mod tests {
             let before = Set { ..before };
             assert_eq!(closed_for(before, after), Duration::from_secs(5));
         }
+    }
+
+    #[test]
+    fn an_uptime_of_which_the_wall_clock_knows_nothing_is_of_another_clock() {
+        let before = Set {
+            wall: DAY,
+            machine: Some((1, Duration::from_secs(5))),
+        };
+        let after = Set {
+            wall: DAY + Duration::from_secs(60),
+            machine: Some((1, DAY * 400)),
+        };
+        assert_eq!(closed_for(before, after), HOUR + Duration::from_secs(60));
     }
 
     #[test]
