@@ -170,19 +170,34 @@ async fn every_api_request_must_send_a_unique_request_id() {
 #[tokio::test]
 async fn every_api_request_of_whatever_method_must_send_a_request_id() {
     let (control, app) = serve(doku());
-    for method in [Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE] {
+    let every = [
+        Method::GET,
+        Method::HEAD,
+        Method::OPTIONS,
+        Method::POST,
+        Method::PUT,
+        Method::PATCH,
+        Method::DELETE,
+    ];
+    for method in every {
         let without = Request::builder().method(&method).uri("/orders/v1/status/INV-1");
         let missing = call(&app, without.body(Body::empty()).unwrap()).await;
-        assert_refused(&missing, 400, "idempotency-key-missing");
         let request = || {
             let request = Request::builder().method(&method).uri(format!("/orders/{method}"));
             request.header("request-id", "r1").body(Body::empty()).unwrap()
         };
-        let first = call(&app, request()).await;
+        let (first, again) = (call(&app, request()).await, call(&app, request()).await);
+        if method == Method::HEAD {
+            // It has no body that could say more.
+            let statuses = [&missing, &first, &again].map(|answer| answer.status.as_u16());
+            assert_eq!((statuses, again.is_replay()), ([400, 201, 409], true));
+            continue;
+        }
+        assert_refused(&missing, 400, "idempotency-key-missing");
         assert_created(&first);
-        assert_replay(&call(&app, request()).await, &first);
+        assert_replay(&again, &first);
     }
-    assert_eq!(control.runs(), 5);
+    assert_eq!(control.runs(), 7);
 }
 
 // ---- "if something happen in merchant side and merchant can't get response"

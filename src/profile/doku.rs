@@ -20,13 +20,23 @@ impl Profile {
     /// - *A request that is still running*: a 409 like a replay's, but with a problem document and without the
     ///   `idempotent-replayed` field.
     /// - *How long*: 24 hours. *Both headers*: `X-REQUEST-ID` counts. *Length*: 255 characters.
-    /// - *HEAD and OPTIONS*, which browsers and monitors send without an id: they pass, unprotected.
+    /// - *Requests that browsers make by themselves* (a preflight by OPTIONS) carry no id, and are refused: put the layer
+    ///   that answers them above this one.
     ///
     /// Proxies and tracing layers above this one must not set an `X-Request-ID`: it would be new for every attempt.
     pub fn doku() -> Self {
         Self::new("DOKU", |layer| {
+            // Every request.
             layer
-                .methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
+                .methods([
+                    Method::GET,
+                    Method::HEAD,
+                    Method::OPTIONS,
+                    Method::POST,
+                    Method::PUT,
+                    Method::PATCH,
+                    Method::DELETE,
+                ])
                 .key(KeySource::headers(["x-request-id", "request-id"]))
                 .require_key()
                 .scope_headers(["client-id", "authorization"])
