@@ -62,6 +62,8 @@ pub use self::{
     store::{AnyStore, MemoryStore, MemoryStoreBuilder, Store},
 };
 
+#[cfg(feature = "postgres")]
+pub use self::store::PostgresTable;
 #[cfg(feature = "redis")]
 pub use self::store::{RedisStore, RedisStoreBuilder};
 
