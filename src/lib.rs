@@ -64,6 +64,8 @@ pub use self::{
 
 #[cfg(feature = "postgres")]
 pub use self::store::PostgresTable;
+#[cfg(feature = "cached")]
+pub use self::store::{Cached, CachedBuilder};
 #[cfg(feature = "redis")]
 pub use self::store::{RedisStore, RedisStoreBuilder};
 

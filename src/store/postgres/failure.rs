@@ -31,7 +31,7 @@ fn kind(error: &Error) -> StoreErrorKind {
     }
 }
 
-fn kind_of(code: &str) -> StoreErrorKind {
+pub(crate) fn kind_of(code: &str) -> StoreErrorKind {
     match code {
         // Disk full.
         "53100" => StoreErrorKind::Full,

@@ -43,7 +43,7 @@ pub(crate) enum Found {
 
 const IN_PROGRESS: i8 = b'p' as i8;
 const ABANDONED: i8 = b'a' as i8;
-const COMPLETED: i8 = b'c' as i8;
+pub(crate) const COMPLETED: i8 = b'c' as i8;
 
 impl Row {
     /// Reads a row that is `asking`'s answer.

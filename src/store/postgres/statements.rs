@@ -12,11 +12,7 @@ use super::PostgresTable;
 use crate::record::Retention;
 
 /// 285 years, beyond which sums are not exact; for the server that is for ever.
-const FOREVER: i64 = 1 << 53;
-
-pub(super) fn micros_for_ever() -> i64 {
-    FOREVER
-}
+pub(super) const FOREVER: i64 = 1 << 53;
 
 /// Whole microseconds, which end no earlier than `duration`.
 pub(crate) fn micros(duration: Duration) -> i64 {
@@ -64,20 +60,22 @@ pub(crate) struct Statements {
 }
 
 /// The time so many microseconds from now.
-fn after(micros: &str) -> String {
+pub(super) fn after(micros: &str) -> String {
     format!(
         "CASE WHEN {micros} < {FOREVER} THEN clock_timestamp() + {micros} * interval '1 microsecond' ELSE 'infinity' END"
     )
 }
 
+/// The columns of a *record*. Of a lease that never ends a thousand years are left.
+pub(super) const RECORD: &str = "false AS acquired, owner, fence, state, algorithm, fingerprint, answer, checksum, \
+     expires_at <= clock_timestamp() AS expired, \
+     CASE WHEN state = 'p' THEN (extract(epoch FROM least(lease_until, clock_timestamp() + interval '1000 years') \
+     - clock_timestamp()) * 1000000)::bigint END AS lease_left";
+
 impl Statements {
     pub(crate) fn new(table: &PostgresTable) -> Self {
         let table = table.quoted();
-        // Of a lease that never ends a thousand years are left.
-        let record = "false AS acquired, owner, fence, state, algorithm, fingerprint, answer, checksum, \
-             expires_at <= clock_timestamp() AS expired, \
-             CASE WHEN state = 'p' THEN (extract(epoch FROM least(lease_until, clock_timestamp() + interval '1000 years') \
-             - clock_timestamp()) * 1000000)::bigint END AS lease_left";
+        let record = RECORD;
         let (lease_until, expires_at) = (after("$5::bigint"), after("($5::bigint + $6::bigint)"));
         let claimed = format!(
             "owner = $2::bytea, state = 'p', algorithm = $3::smallint, fingerprint = $4::bytea, \

@@ -4,7 +4,7 @@ use std::fmt;
 
 use deadpool_postgres::Pool;
 
-use super::{failure, statements::micros_for_ever};
+use super::{failure, statements::FOREVER};
 use crate::error::{StoreError, StoreErrorKind};
 
 /// Of the columns below. It stands in the table's comment, and so goes wherever the table goes.
@@ -108,7 +108,7 @@ CREATE INDEX ON {table} (purge_at);
 COMMENT ON TABLE {table} IS '{COMMENT}{VERSION}';
 ",
             table = self.quoted(),
-            forever = micros_for_ever(),
+            forever = FOREVER,
         )
     }
 
