@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::statements::FOREVER;
 use crate::{
     codec::StoredResponse,
     error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
-    record::{Begin, Lease, Owner, RecordId},
+    record::{Begin, Lease, Owner, RecordId, Retention},
 };
 
 /// The columns of a *record*, by the names that [`Statements`](super::statements::Statements) give them, whichever
@@ -25,8 +26,8 @@ pub(crate) struct Row {
     pub(crate) answer: Option<Vec<u8>>,
     pub(crate) checksum: Option<i32>,
     pub(crate) expired: Option<bool>,
-    /// Microseconds, of a record in progress; past its end it is zero or less.
-    pub(crate) lease_left: Option<i64>,
+    /// Microseconds, of the lease of a record in progress, or until any other expires. Past its end it is zero or less.
+    pub(crate) time_left: Option<i64>,
 }
 
 /// What a claim found.
@@ -66,10 +67,11 @@ impl Row {
             Some(COMPLETED) => Found::Other(Begin::Completed {
                 fingerprint,
                 response: answer(id, self.answer, self.checksum)?,
+                remaining: self.time_left.map(remaining),
             }),
             Some(ABANDONED) => Found::Other(abandoned()),
             Some(IN_PROGRESS) if owner == asking => Found::Own,
-            Some(IN_PROGRESS) => match u64::try_from(self.lease_left.ok_or_else(missing)?) {
+            Some(IN_PROGRESS) => match u64::try_from(self.time_left.ok_or_else(missing)?) {
                 Ok(left @ 1..) => Found::Other(Begin::InProgress {
                     fingerprint,
                     remaining: Duration::from_micros(left),
@@ -96,6 +98,14 @@ fn answer(id: &RecordId, answer: Option<Vec<u8>>, expected: Option<i32>) -> Resu
         return Err(corrupt("the checksum is another one"));
     }
     StoredResponse::from_bytes(Bytes::from(answer))
+}
+
+fn remaining(micros: i64) -> Retention {
+    match u64::try_from(micros) {
+        Ok(micros) if micros < FOREVER.unsigned_abs() => Retention::For(Duration::from_micros(micros)),
+        Ok(_) => Retention::Forever,
+        Err(_) => Retention::For(Duration::ZERO),
+    }
 }
 
 fn array<const N: usize>(bytes: Option<Vec<u8>>) -> Result<[u8; N], StoreError> {
