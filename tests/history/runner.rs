@@ -408,7 +408,7 @@ fn hush() {
     ONCE.call_once(|| {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
-            if panic.payload_as_str() != Some(PANIC) {
+            if panic.payload().downcast_ref::<&str>() != Some(&PANIC) {
                 before(panic);
             }
         }));
