@@ -46,6 +46,11 @@ impl Client {
         }
     }
 
+    /// With a connection of its own.
+    pub fn another(&self) -> Self {
+        Self::new(Arc::clone(&self.history), Arc::clone(&self.struck), self.address)
+    }
+
     /// `None` if it was lost.
     pub async fn send(&mut self, key: Key, fingerprint: u8, manner: &Manner) -> Option<Reply> {
         let op = self.history.fresh();

@@ -4,6 +4,10 @@
 //! `HISTORY_OPERATIONS=1000000 cargo test --release --all-features --test history` runs longer, and `HISTORY_SEED=…`
 //! draws the same faults once more. Histories that broke a rule are kept in cargo's temporary directory.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![cfg_attr(
+    seeded_bug,
+    allow(dead_code, reason = "only the memory store is seen with bugs planted")
+)]
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -15,7 +19,10 @@ mod event;
 #[cfg(all(feature = "file", feature = "testing"))]
 mod file;
 mod memory;
+#[cfg(not(seeded_bug))]
 mod nodes;
+#[cfg(seeded_bug)]
+mod planted;
 #[cfg(feature = "redis")]
 mod redis;
 mod rules;

@@ -169,6 +169,7 @@ pub async fn round<A: Arena>(arena: &mut A, seed: u64, operations: u64, summary:
     let pool = Arc::new(Pool {
         next: AtomicU64::new(0),
         operations,
+        own: AtomicU64::new(0),
     });
     let mut clients = JoinSet::new();
     for _ in 0..CLIENTS {
@@ -252,7 +253,7 @@ impl Rates {
             leaves: 100 + dice.below(300),
             leaves_mid_body: dice.below(60),
             slow: 100 + dice.below(400),
-            slower_than_a_lease: dice.below(5),
+            slower_than_a_lease: dice.below(8),
             panics: 20 + dice.below(150),
             refuses: dice.below(150),
             other_fingerprint: 20 + dice.below(150),
@@ -276,6 +277,8 @@ impl Rates {
 struct Pool {
     next: AtomicU64,
     operations: u64,
+    /// Keys beside those that are drawn.
+    own: AtomicU64,
 }
 
 /// Requests for one key, on average.
@@ -287,6 +290,11 @@ impl Pool {
     fn draw(&self, dice: &mut Dice) -> Option<Key> {
         let operation = self.next.fetch_add(1, Relaxed);
         (operation < self.operations).then(|| Self::key(operation / EACH + dice.below(AT_ONCE)))
+    }
+
+    /// A key that nobody has asked for.
+    fn own(&self) -> Key {
+        Self::key(self.operations / EACH + AT_ONCE + self.own.fetch_add(1, Relaxed))
     }
 
     /// Numbers are shared by tenants and routes.
@@ -302,7 +310,7 @@ impl Pool {
     }
 
     fn keys(&self) -> impl Iterator<Item = Key> + use<> {
-        (0..self.operations / EACH + AT_ONCE).map(Self::key)
+        (0..self.operations / EACH + AT_ONCE + self.own.load(Relaxed)).map(Self::key)
     }
 }
 
@@ -329,16 +337,31 @@ async fn work(mut client: Client, mut dice: Dice, rates: Rates, pool: Arc<Pool>)
             manner.before_ms = dice.below(40);
             manner.after_ms = dice.below(40);
         }
-        if slower {
-            manner.before_ms = rates.lease.as_millis() as u64 * 4 / 3;
-        }
         manner.bytes = dice.below(2) * dice.below(3_000);
+        if slower {
+            outlive_a_lease(&mut client, pool.own(), other.into(), &rates).await;
+            continue;
+        }
         let reply = client.send(key, other.into(), &manner).await;
         if matches!(reply, Some(event::Reply::Unavailable)) {
             // As its `Retry-After` asks, or all requests would be spent on a store that is away.
             sleep(Duration::from_millis(5)).await;
         }
     }
+}
+
+/// A handler that is renewed, or its lease is over before it ends; and a duplicate that comes just then.
+async fn outlive_a_lease(client: &mut Client, key: Key, fingerprint: u8, rates: &Rates) {
+    let slow = Manner {
+        before_ms: rates.lease.as_millis() as u64 * 4 / 3,
+        ..Manner::default()
+    };
+    let mut rival = client.another();
+    let duplicate = async {
+        sleep(rates.lease * 7 / 6).await;
+        rival.send(key, fingerprint, &Manner::default()).await
+    };
+    tokio::join!(client.send(key, fingerprint, &slow), duplicate);
 }
 
 /// Strikes at the store by turns until the clients are done.
@@ -408,7 +431,7 @@ fn hush() {
     ONCE.call_once(|| {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
-            if panic.payload().downcast_ref::<&str>() != Some(&PANIC) {
+            if panic.payload().downcast_ref::<String>().map(String::as_str) != Some(PANIC) {
                 before(panic);
             }
         }));
