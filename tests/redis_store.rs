@@ -395,7 +395,7 @@ async fn a_channel_that_nobody_listens_to_is_left() {
     acquire(&store, 1).await;
     store.changed(&id(1)).await;
     let channels = async || server.ask::<Vec<String>>(&["PUBSUB", "CHANNELS"]).await;
-    assert_eq!(channels().await, [format!("idempotency:changed:{}", id(1).to_hex())]);
+    assert_eq!(channels().await, [key(1)]);
     while !channels().await.is_empty() {
         tokio::task::yield_now().await;
     }

@@ -11,8 +11,9 @@ Usage: demo [OPTIONS]
 
 Options:
   --listen ADDRESS      where to listen [default: 127.0.0.1:3000]; port 0 takes a free one
-  --store STORE         where records are kept: file:PATH, memory, or a Redis or Valkey server
-                        such as redis://127.0.0.1:6379 (with the feature redis)
+  --store STORE         where records are kept: file:PATH, memory, or Redis or Valkey
+                        (with the feature redis): redis://HOST, redis+cluster://HOST,HOST,
+                        redis+sentinel://HOST,HOST/SERVICE; rediss encrypts (redis-tls)
                         [default: a file in your data directory]
   --retention DURATION  how long answers are kept on every route, such as 10s, 5m or 72h
                         [default: each route's own]
@@ -81,11 +82,18 @@ fn retention(text: &str) -> Result<Duration, String> {
     }
 }
 
+#[cfg(feature = "redis")]
+fn is_redis(url: &str) -> bool {
+    let scheme = url.split_once("://").map_or("", |(scheme, _)| scheme);
+    let base = scheme.split_once('+').map_or(scheme, |(base, _)| base);
+    matches!(base, "redis" | "rediss" | "valkey" | "valkeys")
+}
+
 fn store(name: &str) -> Result<Store, String> {
     match name {
         "memory" => Ok(Store::Memory),
         #[cfg(feature = "redis")]
-        url if url.starts_with("redis://") => Ok(Store::Redis(url.to_owned())),
+        url if is_redis(url) => Ok(Store::Redis(url.to_owned())),
         other => match other.strip_prefix("file:") {
             Some("") => Err("file: wants a path, such as file:store.redb".to_owned()),
             Some(path) => Ok(Store::File(path.into())),

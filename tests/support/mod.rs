@@ -15,4 +15,11 @@ pub mod midaspay;
 pub mod proxy;
 #[cfg(feature = "redis")]
 pub mod redis;
+#[cfg(feature = "redis")]
+pub mod redis_cluster;
+#[cfg(feature = "redis")]
+pub mod redis_sentinel;
+#[cfg(feature = "redis")]
+pub mod redis_tls;
 pub mod serve;
+pub mod steps;
