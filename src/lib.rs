@@ -62,6 +62,8 @@ pub use self::{
     store::{AnyStore, MemoryStore, MemoryStoreBuilder, Store},
 };
 
+#[cfg(feature = "postgres")]
+pub use self::store::PostgresTable;
 #[cfg(feature = "cached")]
 pub use self::store::{Cached, CachedBuilder};
 #[cfg(feature = "redis")]

@@ -6,6 +6,8 @@ mod cached;
 #[cfg(feature = "file")]
 mod file;
 mod memory;
+#[cfg(feature = "postgres")]
+pub(crate) mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
 
@@ -18,6 +20,8 @@ pub use self::cached::{Cached, CachedBuilder};
 pub use self::file::{Clock, MachineStart, Medium};
 #[cfg(feature = "file")]
 pub use self::file::{FileRecord, FileRecordState, FileStore, FileStoreBuilder, FileStoreError, FileStoreErrorKind};
+#[cfg(feature = "postgres")]
+pub use self::postgres::PostgresTable;
 #[cfg(feature = "redis")]
 pub use self::redis::{RedisStore, RedisStoreBuilder};
 pub use self::{

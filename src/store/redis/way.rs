@@ -18,6 +18,7 @@ use super::waiters::Ears;
 const PIPELINE: usize = 1024;
 
 /// Each opening finds out anew where it leads: names are looked up, sentinels are asked who is the primary.
+#[allow(clippy::large_enum_variant, reason = "there is one for each store")]
 pub(super) enum Way {
     Single(Client),
     Sentinel(Arc<Mutex<SentinelClient>>),
