@@ -253,6 +253,19 @@ async fn a_cluster_that_is_down_is_unavailable() {
     while store.complete(&lease, &kept(1), MINUTE.into()).await.is_err() {}
 }
 
+#[tokio::test]
+async fn replicas_that_no_node_has_are_waited_for_in_vain() {
+    let cluster = Cluster::start(3, &[]).await;
+    let builder = RedisStore::builder().wait_for_replicas(1, Duration::from_millis(20));
+    let store = builder.connect(&cluster.url()).await.unwrap();
+    for number in 0..6 {
+        assert_eq!(
+            kind(store.begin(&id(number), &claim()).await),
+            StoreErrorKind::Unavailable
+        );
+    }
+}
+
 // ---- mistakes
 
 #[tokio::test]

@@ -148,7 +148,7 @@ impl RedisStoreBuilder {
     }
 
     /// Works on a connection of your own, such as a `ConnectionManager` that the rest of the program uses, too; not one
-    /// to a cluster. It has to make itself anew when it breaks. Waiters look again each second: nothing is subscribed to.
+    /// to a cluster. It has to make itself anew when it breaks. Waiters look again four times a second: nothing is subscribed to.
     ///
     /// # Errors
     /// As [`connect`](Self::connect).

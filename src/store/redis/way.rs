@@ -60,6 +60,11 @@ impl Way {
         matches!(self, Self::Cluster(_))
     }
 
+    /// Whether what is published can be heard.
+    pub(super) fn has_ears(&self) -> bool {
+        !matches!(self, Self::Own(_))
+    }
+
     /// Whether what is opened finds its own way when servers come and go.
     pub(super) fn mends_itself(&self) -> bool {
         matches!(self, Self::Cluster(_) | Self::Own(_))

@@ -19,12 +19,16 @@ use tokio::{
         Notify,
         mpsc::{UnboundedSender, unbounded_channel},
     },
+    time::sleep,
 };
 
 pub(super) use self::ears::Ears;
 use self::subscription::hold_subscription;
 use super::{keys::Keys, way::Way};
 use crate::record::RecordId;
+
+/// Where nothing is heard, waiters look again after this time.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 pub(super) struct Waiters {
     way: Arc<Way>,
@@ -71,6 +75,10 @@ impl Waiters {
 
     /// Resolves when the record may have changed.
     pub(super) async fn changed(self: &Arc<Self>, id: &RecordId) {
+        if !self.way.has_ears() {
+            // Woken for nothing, they look again.
+            return sleep(LOOK_AGAIN).await;
+        }
         let notify = self.enter(*id);
         let _place = Place { waiters: self, id: *id };
         notify.notified().await;
