@@ -10,7 +10,7 @@ use http::StatusCode;
 use support::{
     app::{gated, keyed, pay, spawn},
     demo::Demo,
-    nodes::{BODY, PATH, assert_once_each, load, load_through},
+    nodes::{BODY, PATH, Progress, assert_once_each, load, load_through},
     postgres::Postgres,
     serve::assert_replay,
 };
@@ -21,18 +21,18 @@ fn node(server: &Postgres) -> Demo {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ten_thousand_duplicated_requests_to_two_nodes_have_one_effect_each() {
+async fn three_thousand_duplicated_requests_to_two_nodes_have_one_effect_each() {
     let server = Postgres::start(&[]);
     let nodes = [node(&server), node(&server)];
-    let answers = load(&nodes, 1000, 10, &Arc::default()).await;
-    assert_eq!(answers.len(), 1000);
-    assert_eq!(assert_once_each(&nodes, &answers).await, 1000);
+    let answers = load(&nodes, 300, 10, &Arc::default()).await;
+    assert_eq!(answers.len(), 300);
+    assert_eq!(assert_once_each(&nodes, &answers).await, 300);
     let all: usize = answers
         .values()
         .flatten()
         .filter(|answer| answer.status == StatusCode::CREATED)
         .count();
-    assert!(all > 1000, "none was a duplicate");
+    assert!(all > 300, "none was a duplicate");
 }
 
 #[tokio::test]
@@ -111,26 +111,34 @@ async fn a_duplicate_on_another_node_waits_for_the_answer_and_gets_it() {
     assert_eq!(control.runs(), 1);
 }
 
+/// As if the rest of all leases had passed on the server. What a node gave up while the server hung was claimed when it
+/// went on, and nobody runs under it.
+async fn end_leases(server: &Postgres) {
+    server
+        .say("UPDATE idempotency_records SET lease_until = clock_timestamp() WHERE state = 'p'")
+        .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_hangs_under_load_costs_no_effect_twice() {
     let server = Postgres::start(&[]);
     let nodes = [node(&server), node(&server)];
-    load_through(server, nodes, |server, progress| {
+    let hang = |server: &mut Postgres, progress: &Progress| {
         server.pause();
         progress.wait();
         server.resume();
-    })
-    .await;
+    };
+    load_through(server, nodes, hang, end_leases).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_is_killed_and_restarted_under_load_costs_no_effect_twice() {
     let server = Postgres::start(&[]);
     let nodes = [node(&server), node(&server)];
-    load_through(server, nodes, |server, progress| {
+    let kill = |server: &mut Postgres, progress: &Progress| {
         server.kill();
         progress.wait();
         server.restart();
-    })
-    .await;
+    };
+    load_through(server, nodes, kill, end_leases).await;
 }

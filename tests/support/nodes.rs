@@ -26,7 +26,7 @@ const CLIENTS: usize = 32;
 pub const BODY: &str = r#"{"amount":1,"key":"k"}"#;
 
 /// Of a payment that its effect can be told by.
-fn body(key: &str) -> String {
+pub fn body(key: &str) -> String {
     format!(r#"{{"amount":1,"key":"{key}"}}"#)
 }
 
@@ -146,6 +146,7 @@ pub async fn load_through<S: Send + 'static>(
     mut server: S,
     nodes: [Demo; 2],
     strike: impl FnOnce(&mut S, &Progress) + Send + 'static,
+    end_leases: impl AsyncFnOnce(&S),
 ) {
     let sent = Arc::new(AtomicUsize::new(0));
     let progress = Progress(Arc::clone(&sent));
@@ -155,7 +156,7 @@ pub async fn load_through<S: Send + 'static>(
         server
     });
     let mut answers = load(&nodes, 300, 10, &sent).await;
-    let _server = striking.await.unwrap();
+    let server = striking.await.unwrap();
     let is_refused = |answer: &Answer| answer.status == StatusCode::SERVICE_UNAVAILABLE;
     assert!(answers.values().flatten().any(is_refused), "nobody noticed");
     // Until both nodes have their connections again.
@@ -165,6 +166,7 @@ pub async fn load_through<S: Send + 'static>(
             .await;
     }
     answers.entry("after".to_owned()).or_default();
+    end_leases(&server).await;
     let paid = assert_once_each(&nodes, &answers).await;
     assert!(paid > 50, "only {paid} keys were paid");
 }
