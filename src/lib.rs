@@ -70,10 +70,10 @@ pub use self::{
     store::{AnyStore, MemoryStore, MemoryStoreBuilder, Store},
 };
 
-#[cfg(feature = "postgres")]
-pub use self::store::PostgresTable;
 #[cfg(feature = "cached")]
 pub use self::store::{Cached, CachedBuilder};
+#[cfg(feature = "postgres")]
+pub use self::store::{PostgresStore, PostgresStoreBuilder, PostgresTable};
 #[cfg(feature = "redis")]
 pub use self::store::{RedisStore, RedisStoreBuilder};
 

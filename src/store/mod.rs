@@ -21,7 +21,7 @@ pub use self::file::{Clock, MachineStart, Medium};
 #[cfg(feature = "file")]
 pub use self::file::{FileRecord, FileRecordState, FileStore, FileStoreBuilder, FileStoreError, FileStoreErrorKind};
 #[cfg(feature = "postgres")]
-pub use self::postgres::PostgresTable;
+pub use self::postgres::{PostgresStore, PostgresStoreBuilder, PostgresTable};
 #[cfg(feature = "redis")]
 pub use self::redis::{RedisStore, RedisStoreBuilder};
 pub use self::{

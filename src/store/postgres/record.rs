@@ -47,6 +47,26 @@ const ABANDONED: i8 = b'a' as i8;
 pub(crate) const COMPLETED: i8 = b'c' as i8;
 
 impl Row {
+    /// As tokio-postgres gives it.
+    pub(crate) fn read(row: &tokio_postgres::Row) -> Result<Self, StoreError> {
+        let read = || {
+            Ok(Self {
+                acquired: row.try_get("acquired")?,
+                owner: row.try_get("owner")?,
+                fence: row.try_get("fence")?,
+                state: row.try_get("state")?,
+                algorithm: row.try_get("algorithm")?,
+                fingerprint: row.try_get("fingerprint")?,
+                answer: row.try_get("answer")?,
+                checksum: row.try_get("checksum")?,
+                expired: row.try_get("expired")?,
+                time_left: row.try_get("time_left")?,
+            })
+        };
+        // A value that is of another type than its column's.
+        read().map_err(|error: tokio_postgres::Error| corrupt(error))
+    }
+
     /// Reads a row that is `asking`'s answer.
     pub(crate) fn found(self, id: &RecordId, asking: Owner) -> Result<Found, StoreError> {
         let fence = u64::try_from(self.fence).map_err(corrupt)?;
