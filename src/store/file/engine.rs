@@ -9,14 +9,17 @@ use std::{
 };
 
 use redb::{
-    Database, DatabaseError, ReadableDatabase, ReadableTableMetadata, StorageError, TableDefinition, TableError,
+    Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageError, TableDefinition, TableError,
     WriteTransaction,
 };
 
 use super::{
     batch::{EXPIRY, RECORDS},
     clock::Stamp,
+    effects::{self, Effects},
     error::{FileStoreError, FileStoreErrorKind},
+    journal::Journal,
+    layout::{Layout, OURS, Unknown},
     medium::{Medium, Spare, is_full},
 };
 use crate::error::{StoreError, StoreErrorKind};
@@ -25,15 +28,17 @@ use crate::error::{StoreError, StoreErrorKind};
 const ABOUT: TableDefinition<&str, &[u8]> = TableDefinition::new("store");
 const FORMAT: &str = "format";
 const TIME: &str = "time";
+/// Which epoch of the journal comes after what is in the tables.
+const EPOCH: &str = "epoch";
 
-/// The value of [`FORMAT`]: whose file it is, and the version of its tables. Records have versions of their own.
-const OURS: &[u8] = b"tower-idempotency";
+/// The version of the tables, which stands behind [`OURS`] in [`FORMAT`]. Records have versions of their own.
 const VERSION: u8 = 1;
 
 /// A medium for redb, with the spare between them, and the first thing that went wrong.
 #[derive(Clone, Debug)]
 pub(super) struct Backend {
     medium: Arc<dyn Medium>,
+    layout: Layout,
     pub(super) spare: Arc<Spare>,
     failed: Arc<Mutex<Option<Failed>>>,
 }
@@ -48,10 +53,11 @@ pub(super) enum Failed {
 }
 
 impl Backend {
-    pub(super) fn new(medium: Arc<dyn Medium>) -> Self {
+    pub(super) fn new(medium: Arc<dyn Medium>, layout: Layout) -> Self {
         Self {
             spare: Arc::new(Spare::new(Arc::clone(&medium))),
             medium,
+            layout,
             failed: Arc::default(),
         }
     }
@@ -74,6 +80,7 @@ impl Backend {
 
     /// Once more with the spare, if it was for want of room.
     fn with_spare(&self, write: impl Fn() -> io::Result<()>) -> io::Result<()> {
+        self.usable()?;
         let result = write().or_else(|error| {
             if is_full(&error) && self.spare.give_back() {
                 tracing::warn!("the disk is full: the idempotency store uses its spare and refuses new keys");
@@ -85,26 +92,52 @@ impl Backend {
     }
 }
 
-impl redb::StorageBackend for Backend {
-    fn len(&self) -> io::Result<u64> {
-        self.note(self.medium.len(), false)
+/// Anywhere in the file: the journal.
+impl Backend {
+    pub(super) fn read_raw(&self, at: u64, out: &mut [u8]) -> io::Result<()> {
+        self.note(self.medium.read(at, out), false)
     }
 
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.note(self.medium.read(offset, out), false)
+    pub(super) fn write_raw(&self, at: u64, data: &[u8]) -> io::Result<()> {
+        self.with_spare(|| self.medium.write(at, data))
     }
 
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.with_spare(|| self.medium.set_len(len))
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
+    pub(super) fn sync_raw(&self) -> io::Result<()> {
+        self.usable()?;
         // Whatever it says: after a failed sync the system may have dropped what was to be written.
         self.note(self.medium.sync(), false)
     }
 
+    /// Nothing is written any more once nobody knows what is on the medium.
+    fn usable(&self) -> io::Result<()> {
+        match *self.failed.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(Failed::Unknown) => Err(io::Error::other("the medium failed before")),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The tables alone, which come after the journal.
+impl redb::StorageBackend for Backend {
+    fn len(&self) -> io::Result<u64> {
+        let len = self.note(self.medium.len(), false)?;
+        Ok(len.saturating_sub(self.layout.tables))
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.read_raw(self.layout.tables + offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.with_spare(|| self.medium.set_len(self.layout.tables + len))
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.sync_raw()
+    }
+
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.with_spare(|| self.medium.write(offset, data))
+        self.write_raw(self.layout.tables + offset, data)
     }
 }
 
@@ -146,6 +179,8 @@ pub(super) struct Settings {
     pub(super) cache_bytes: usize,
     pub(super) verify: bool,
     pub(super) quick_recovery: bool,
+    /// Of a new file.
+    pub(super) journal_bytes: u64,
 }
 
 impl Default for Settings {
@@ -154,11 +189,12 @@ impl Default for Settings {
             cache_bytes: 128 << 20,
             verify: false,
             quick_recovery: false,
+            journal_bytes: 8 << 20,
         }
     }
 }
 
-/// Opens what is on the medium, or begins anew on an empty one. Recovers what a crash left, which reads all of it.
+/// Opens the tables on the medium, or begins anew where there are none.
 pub(super) fn start(backend: &Backend, settings: &Settings) -> Result<Database, DatabaseError> {
     let mut builder = Database::builder();
     builder.set_cache_size(settings.cache_bytes);
@@ -170,18 +206,81 @@ pub(super) fn start(backend: &Backend, settings: &Settings) -> Result<Database, 
 
 /// Makes the tables of a store in an empty database.
 pub(super) fn initialise(database: &Database, first: &Stamp) -> Result<(), redb::Error> {
-    let transaction = database.begin_write()?;
+    let mut transaction = database.begin_write()?;
     transaction.open_table(RECORDS)?;
     transaction.open_table(EXPIRY)?;
-    let format = [OURS, &[VERSION]].concat();
+    let format = [&OURS[..], &[VERSION]].concat();
     transaction.open_table(ABOUT)?.insert(FORMAT, &format[..])?;
-    write_stamp(&transaction, first)?;
+    write_time(&transaction, &first.encode())?;
+    // So that even a crash from now on is recovered from without a look at all pages.
+    transaction.set_quick_repair(true);
     transaction.commit()?;
     Ok(())
 }
 
-pub(super) fn write_stamp(transaction: &WriteTransaction, stamp: &Stamp) -> Result<(), redb::Error> {
-    transaction.open_table(ABOUT)?.insert(TIME, &stamp.encode()[..])?;
+pub(super) fn write_time(transaction: &WriteTransaction, stamp: &[u8]) -> Result<(), redb::Error> {
+    transaction.open_table(ABOUT)?.insert(TIME, stamp)?;
+    Ok(())
+}
+
+/// Does again what the journal says was done since the tables were synced. In memory alone: it is durable where it is.
+pub(super) fn recover(database: &Database, backend: &Backend) -> Result<Option<Journal>, redb::Error> {
+    let Some(region) = backend.layout.journal else {
+        return Ok(None);
+    };
+    let mut transaction = database.begin_write()?;
+    let epoch = match transaction.open_table(ABOUT)?.get(EPOCH)? {
+        Some(epoch) => u64::from_le_bytes(*epoch.value().first_chunk().ok_or_else(no_epoch)?),
+        None => 0,
+    };
+    let (journal, entries) = Journal::open(backend, region, epoch)?;
+    if entries.is_empty() {
+        transaction.abort()?;
+    } else {
+        for entry in &entries {
+            effects::apply(&transaction, entry)?;
+        }
+        transaction.set_durability(Durability::None)?;
+        transaction.commit()?;
+    }
+    Ok(Some(journal))
+}
+
+fn no_epoch() -> redb::Error {
+    redb::Error::Corrupted("its journal's epoch is cut".to_owned())
+}
+
+/// Durable when it returns: in the journal if there is room for the effects, or else in the tables. What is not durable
+/// yet is seen by nobody.
+pub(super) fn commit(
+    mut transaction: WriteTransaction,
+    effects: &Effects,
+    journal: &mut Option<Journal>,
+    settings: &Settings,
+) -> Result<(), redb::Error> {
+    match journal {
+        Some(journal) if journal.has_room_for(effects.as_bytes()) => {
+            journal.append(effects.as_bytes())?;
+            transaction.set_durability(Durability::None)?;
+            transaction.commit()?;
+            Ok(())
+        }
+        Some(journal) => checkpoint(transaction, journal),
+        None => {
+            transaction.set_quick_repair(settings.quick_recovery);
+            Ok(transaction.commit()?)
+        }
+    }
+}
+
+/// Syncs the tables with all that the journal has, and this transaction. It takes a sync more than a plain commit, and
+/// needs no look at all pages after a crash.
+pub(super) fn checkpoint(mut transaction: WriteTransaction, journal: &mut Journal) -> Result<(), redb::Error> {
+    let epoch = journal.next_epoch().to_le_bytes();
+    transaction.open_table(ABOUT)?.insert(EPOCH, &epoch[..])?;
+    transaction.set_quick_repair(true);
+    transaction.commit()?;
+    journal.restart();
     Ok(())
 }
 
@@ -190,8 +289,8 @@ pub(super) fn records(transaction: &WriteTransaction) -> Result<u64, redb::Error
     Ok(transaction.open_table(RECORDS)?.len()?)
 }
 
-/// What the last run left, after a look at whose file it is.
-pub(super) fn read_stamp(database: &Database, path: &Path) -> Result<Stamp, FileStoreError> {
+/// Whether these are the tables of a store. Nothing was changed before this.
+pub(super) fn check_format(database: &Database, path: &Path) -> Result<(), FileStoreError> {
     let failed = |source| unreadable(path, source);
     let transaction = database.begin_read().map_err(|source| failed(source.into()))?;
     let about = match transaction.open_table(ABOUT) {
@@ -199,8 +298,7 @@ pub(super) fn read_stamp(database: &Database, path: &Path) -> Result<Stamp, File
         Err(TableError::Storage(source)) => return Err(failed(source.into())),
         Err(source) => return Err(FileStoreError::new(FileStoreErrorKind::NotAStore, path, source)),
     };
-    let value = |key| about.get(key).map_err(|source| failed(source.into()));
-    let format = value(FORMAT)?;
+    let format = about.get(FORMAT).map_err(|source| failed(source.into()))?;
     let version = format.as_ref().and_then(|format| format.value().strip_prefix(OURS));
     match version {
         Some([VERSION]) => {}
@@ -220,10 +318,16 @@ pub(super) fn read_stamp(database: &Database, path: &Path) -> Result<Stamp, File
         .open_table(RECORDS)
         .err()
         .or(transaction.open_table(EXPIRY).err());
-    if let Some(source) = missing {
-        return Err(failed(source.into()));
+    match missing {
+        Some(source) => Err(failed(source.into())),
+        None => Ok(()),
     }
-    let Some(stamp) = value(TIME)? else {
+}
+
+/// What the last run left.
+pub(super) fn read_stamp(database: &Database, path: &Path) -> Result<Stamp, FileStoreError> {
+    let read = || -> Result<_, redb::Error> { Ok(database.begin_read()?.open_table(ABOUT)?.get(TIME)?) };
+    let Some(stamp) = read().map_err(|source| unreadable(path, source))? else {
         return Err(FileStoreError::new(
             FileStoreErrorKind::Damaged,
             path,
@@ -246,7 +350,24 @@ pub(super) fn unreadable(path: &Path, error: redb::Error) -> FileStoreError {
         redb::Error::Corrupted(_) | redb::Error::TableDoesNotExist(_) => {
             FileStoreError::new(FileStoreErrorKind::Damaged, path, error)
         }
+        redb::Error::UpgradeRequired(newer) => {
+            let what = format!("version {newer} of its journal");
+            FileStoreError::new(FileStoreErrorKind::NewerVersion, path, what)
+        }
         error => FileStoreError::new(FileStoreErrorKind::Failed, path, error),
+    }
+}
+
+/// Why a file has no layout, in the words of a store.
+pub(super) fn not_laid_out(path: &Path, error: Unknown) -> FileStoreError {
+    match error {
+        Unknown::NotOurs => FileStoreError::new(FileStoreErrorKind::NotAStore, path, "it is not marked as one"),
+        Unknown::Newer(newer) => {
+            let what = format!("version {newer} of its format");
+            FileStoreError::new(FileStoreErrorKind::NewerVersion, path, what)
+        }
+        Unknown::Damaged => FileStoreError::new(FileStoreErrorKind::Damaged, path, "its head was changed or cut off"),
+        Unknown::Io(error) => FileStoreError::io(path, error),
     }
 }
 

@@ -12,6 +12,8 @@ use super::{
     engine::{self, Backend},
     error::FileStoreError,
     frame::{NEVER, State},
+    layout::Layout,
+    medium::Medium,
     open,
 };
 use crate::{codec::StoredResponse, record::RecordId};
@@ -63,9 +65,13 @@ impl FileStore {
         let path = path.as_ref();
         std::fs::metadata(path).map_err(|source| FileStoreError::io(path, source))?;
         let opening = Opening::now(Arc::new(SystemClock::new()));
-        let backend = Backend::new(Arc::new(open::disk(path, &opening.stamp())?));
-        let database =
-            engine::start(&backend, &engine::Settings::default()).map_err(|source| engine::not_opened(path, source))?;
+        let settings = engine::Settings::default();
+        let medium: Arc<dyn Medium> = Arc::new(open::disk(path, &opening.stamp(), &settings)?);
+        let layout = Layout::read(&medium).map_err(|source| engine::not_laid_out(path, source))?;
+        let backend = Backend::new(medium, layout);
+        let database = engine::start(&backend, &settings).map_err(|source| engine::not_opened(path, source))?;
+        engine::check_format(&database, path)?;
+        engine::recover(&database, &backend).map_err(|source| engine::unreadable(path, source))?;
         let now = StoreTime::resume(&engine::read_stamp(&database, path)?, opening).now();
         let failed = |source| engine::unreadable(path, source);
         let snapshot = database.begin_read().map_err(|source| failed(source.into()))?;

@@ -11,10 +11,13 @@ mod cache;
     allow(unreachable_pub, reason = "a clock of one's own is for tests")
 )]
 mod clock;
+mod effects;
 mod engine;
 mod error;
 mod frame;
 mod inspect;
+mod journal;
+mod layout;
 mod listeners;
 mod look;
 #[cfg_attr(
@@ -25,6 +28,7 @@ mod medium;
 mod open;
 mod queue;
 mod reader;
+mod sector;
 mod shared;
 mod writer;
 
@@ -44,8 +48,10 @@ use tokio::sync::{oneshot, watch};
 use self::{
     cache::Cache,
     clock::{Opening, StoreTime, SystemClock},
+    effects::Effects,
     engine::{Backend, BrokenCell, Settings},
     frame::{NEVER, Time},
+    layout::Layout,
     listeners::Listeners,
     queue::{BeginJob, Change, ChangeJob, Queue, WriteJob},
     shared::Shared,
@@ -146,6 +152,13 @@ impl FileStoreBuilder {
         self
     }
 
+    /// How much room the journal of a new file takes, in bytes. Default: 8 MiB.
+    #[cfg(feature = "testing")]
+    pub fn journal_bytes(mut self, bytes: u64) -> Self {
+        self.settings.journal_bytes = bytes;
+        self
+    }
+
     /// Another clock than the system's. Default: the system's.
     #[cfg(feature = "testing")]
     pub fn clock(mut self, clock: impl Clock) -> Self {
@@ -194,10 +207,15 @@ impl FileStoreBuilder {
         let path = &*self.path;
         let medium = match self.medium {
             Some(medium) => medium,
-            None => Arc::new(open::disk(path, &opening.stamp())?),
+            None => Arc::new(open::disk(path, &opening.stamp(), &self.settings)?),
         };
         let fresh = medium.is_empty().map_err(|source| FileStoreError::io(path, source))?;
-        let backend = Backend::new(medium);
+        let layout = if fresh {
+            Layout::make(&medium, self.settings.journal_bytes).map_err(|source| FileStoreError::io(path, source))?
+        } else {
+            Layout::read(&medium).map_err(|source| engine::not_laid_out(path, source))?
+        };
+        let backend = Backend::new(medium, layout);
         // Without it the store opens for what is in it, and refuses new keys.
         backend.spare.hold();
         let database = engine::start(&backend, &self.settings).map_err(|source| engine::not_opened(path, source))?;
@@ -205,13 +223,18 @@ impl FileStoreBuilder {
         if fresh {
             engine::initialise(&database, &opening.stamp()).map_err(failed)?;
         }
+        engine::check_format(&database, path)?;
+        let mut journal = engine::recover(&database, &backend).map_err(failed)?;
         let stamp = engine::read_stamp(&database, path)?;
         let time = StoreTime::resume(&stamp, opening);
         // Durable before the first claim: the number of this run is never used again.
         let transaction = database.begin_write().map_err(|source| failed(source.into()))?;
         let records = engine::records(&transaction).map_err(failed)?;
-        engine::write_stamp(&transaction, &time.stamp(time.began())).map_err(failed)?;
-        transaction.commit().map_err(|source| failed(source.into()))?;
+        let stamp = time.stamp(time.began()).encode();
+        let mut effects = Effects::new();
+        effects.time(&stamp);
+        engine::write_time(&transaction, &stamp).map_err(failed)?;
+        engine::commit(transaction, &effects, &mut journal, &self.settings).map_err(failed)?;
         let shared = Arc::new(Shared {
             file: path.display().to_string().into(),
             time,
@@ -227,7 +250,7 @@ impl FileStoreBuilder {
             closed_at: AtomicU64::new(0),
             closed: watch::Sender::new(false),
         });
-        let writer = Writer::new(Arc::clone(&shared), backend);
+        let writer = Writer::new(Arc::clone(&shared), backend, journal);
         let handle = Arc::new(Handle { shared });
         for _ in 0..reader::READERS {
             let shared = Arc::clone(&handle.shared);
