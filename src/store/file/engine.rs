@@ -189,7 +189,7 @@ impl Default for Settings {
             cache_bytes: 128 << 20,
             verify: false,
             quick_recovery: false,
-            journal_bytes: 8 << 20,
+            journal_bytes: 4 << 20,
         }
     }
 }

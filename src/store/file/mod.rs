@@ -152,7 +152,7 @@ impl FileStoreBuilder {
         self
     }
 
-    /// How much room the journal of a new file takes, in bytes. Default: 8 MiB.
+    /// How much room the journal of a new file takes, in bytes. Default: 4 MiB.
     #[cfg(feature = "testing")]
     pub fn journal_bytes(mut self, bytes: u64) -> Self {
         self.settings.journal_bytes = bytes;
