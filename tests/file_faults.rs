@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::{error::Error, path::Path, time::Duration};
+use std::{error::Error, io, os::unix::fs::FileExt, path::Path, time::Duration};
 
 use http::StatusCode;
 use sha2::{Digest, Sha256};
@@ -509,6 +509,35 @@ async fn a_file_that_was_cut_is_refused() {
     FileStore::open(&path).await.unwrap();
 }
 
+/// A file's tables, which come after its journal.
+#[derive(Debug)]
+struct Tables(std::fs::File);
+
+const TABLES: u64 = (4 << 20) + 4096;
+
+impl redb::StorageBackend for Tables {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len() - TABLES)
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.0.read_exact_at(out, TABLES + offset)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(TABLES + len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(data, TABLES + offset)
+    }
+}
+
+#[cfg(unix)]
 #[tokio::test]
 async fn a_newer_version_is_refused() {
     const ABOUT: redb::TableDefinition<&str, &[u8]> = redb::TableDefinition::new("store");
@@ -516,11 +545,19 @@ async fn a_newer_version_is_refused() {
     let path = directory.path().join("store.redb");
     filled(&path).await;
     let write = |key, value: &[u8]| {
-        let database = redb::Database::open(&path).unwrap();
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(&path);
+        let database = redb::Database::builder().create_with_backend(Tables(file.unwrap()));
+        let database = database.unwrap();
         let transaction = database.begin_write().unwrap();
         transaction.open_table(ABOUT).unwrap().insert(key, value).unwrap();
         transaction.commit().unwrap();
     };
+    let whole = std::fs::read(&path).unwrap();
+    let mut newer = whole.clone();
+    newer[17] = 3;
+    std::fs::write(&path, newer).unwrap();
+    assert_eq!(refused(&path).await.kind(), FileStoreErrorKind::NewerVersion);
+    std::fs::write(&path, whole).unwrap();
     write("format", b"tower-idempotency\x02");
     assert_eq!(refused(&path).await.kind(), FileStoreErrorKind::NewerVersion);
     write("format", b"tower-idempotency\x01");
@@ -578,7 +615,13 @@ async fn a_record_with_a_flipped_bit_is_an_error_and_never_vacant_or_another_ans
 #[tokio::test]
 async fn a_verified_opening_finds_a_flipped_bit_anywhere() {
     let (medium, clock) = (Failing::default(), TestClock::new());
-    let store = open(&medium, &clock).await.unwrap();
+    let builder = FileStore::builder("simulated").medium(medium.clone());
+    let store = builder
+        .clock(clock.clone())
+        .journal_bytes(1 << 16)
+        .open()
+        .await
+        .unwrap();
     for number in 0..60 {
         let lease = acquire(&store, number).await.unwrap();
         store

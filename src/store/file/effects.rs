@@ -29,35 +29,49 @@ const UNPLACE: u8 = 4;
 const TIME: u8 = 5;
 
 #[derive(Debug)]
-pub(super) struct Effects(Vec<u8>);
+pub(super) struct Effects {
+    bytes: Vec<u8>,
+    /// Of records.
+    changes: usize,
+}
 
 impl Effects {
     pub(super) fn new() -> Self {
-        Self(vec![VERSION])
+        Self {
+            bytes: vec![VERSION],
+            changes: 0,
+        }
     }
 
     pub(super) fn as_bytes(&self) -> &[u8] {
-        &self.0
+        &self.bytes
+    }
+
+    /// How many changes to records there are.
+    pub(super) fn changes(&self) -> usize {
+        self.changes
     }
 
     fn add(&mut self, what: u8, content: &[u8]) {
-        self.0.push(what);
-        self.0.extend_from_slice(content);
+        self.bytes.push(what);
+        self.bytes.extend_from_slice(content);
     }
 
     fn add_bytes(&mut self, bytes: &[u8]) {
         // No record is that long: an answer has a limit far below.
         let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-        self.0.extend_from_slice(&length.to_le_bytes());
-        self.0.extend_from_slice(bytes);
+        self.bytes.extend_from_slice(&length.to_le_bytes());
+        self.bytes.extend_from_slice(bytes);
     }
 
     pub(super) fn put(&mut self, id: &[u8; 32], record: &[u8]) {
+        self.changes += 1;
         self.add(PUT, id);
         self.add_bytes(record);
     }
 
     pub(super) fn remove(&mut self, id: &[u8; 32]) {
+        self.changes += 1;
         self.add(REMOVE, id);
     }
 

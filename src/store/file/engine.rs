@@ -9,8 +9,8 @@ use std::{
 };
 
 use redb::{
-    Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageError, TableDefinition, TableError,
-    WriteTransaction,
+    Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageError,
+    TableDefinition, TableError, WriteTransaction,
 };
 
 use super::{
@@ -178,7 +178,6 @@ pub(super) type BrokenCell = OnceLock<Broken>;
 pub(super) struct Settings {
     pub(super) cache_bytes: usize,
     pub(super) verify: bool,
-    pub(super) quick_recovery: bool,
     /// Of a new file.
     pub(super) journal_bytes: u64,
 }
@@ -188,7 +187,6 @@ impl Default for Settings {
         Self {
             cache_bytes: 128 << 20,
             verify: false,
-            quick_recovery: false,
             journal_bytes: 4 << 20,
         }
     }
@@ -223,8 +221,38 @@ pub(super) fn write_time(transaction: &WriteTransaction, stamp: &[u8]) -> Result
     Ok(())
 }
 
+/// What pages may take in memory at least while there is no room for them on the disk: all that are changed between two
+/// checkpoints, twice.
+pub(super) const ENOUGH: usize = 128 << 20;
+
+/// Opens the tables and brings them to where they were.
+pub(super) fn reopen(backend: &Backend, settings: &Settings) -> Result<(Database, Option<Journal>), redb::Error> {
+    recovered(start(backend, settings)?, backend, settings)
+}
+
+/// Brings the tables to where they were. They need no room on the disk for that, if memory has room for them.
+pub(super) fn recovered(
+    database: Database,
+    backend: &Backend,
+    settings: &Settings,
+) -> Result<(Database, Option<Journal>), redb::Error> {
+    match recover(&database, backend) {
+        Ok(journal) => Ok((database, journal)),
+        Err(error) if settings.cache_bytes < ENOUGH && backend.take_failure() == Some(Failed::Full) => {
+            tracing::warn!(%error, "the disk is full: the idempotency store keeps its latest pages in memory");
+            drop(database);
+            let settings = Settings {
+                cache_bytes: ENOUGH,
+                ..*settings
+            };
+            reopen(backend, &settings)
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// Does again what the journal says was done since the tables were synced. In memory alone: it is durable where it is.
-pub(super) fn recover(database: &Database, backend: &Backend) -> Result<Option<Journal>, redb::Error> {
+fn recover(database: &Database, backend: &Backend) -> Result<Option<Journal>, redb::Error> {
     let Some(region) = backend.layout.journal else {
         return Ok(None);
     };
@@ -256,31 +284,32 @@ pub(super) fn commit(
     mut transaction: WriteTransaction,
     effects: &Effects,
     journal: &mut Option<Journal>,
-    settings: &Settings,
 ) -> Result<(), redb::Error> {
     match journal {
-        Some(journal) if journal.has_room_for(effects.as_bytes()) => {
-            journal.append(effects.as_bytes())?;
+        Some(journal) if journal.has_room_for(effects) => {
+            journal.append(effects)?;
             transaction.set_durability(Durability::None)?;
-            transaction.commit()?;
-            Ok(())
-        }
-        Some(journal) => checkpoint(transaction, journal),
-        None => {
-            transaction.set_quick_repair(settings.quick_recovery);
             Ok(transaction.commit()?)
         }
+        journal => commit_tables(transaction, journal),
     }
 }
 
-/// Syncs the tables with all that the journal has, and this transaction. It takes a sync more than a plain commit, and
-/// needs no look at all pages after a crash.
-pub(super) fn checkpoint(mut transaction: WriteTransaction, journal: &mut Journal) -> Result<(), redb::Error> {
-    let epoch = journal.next_epoch().to_le_bytes();
-    transaction.open_table(ABOUT)?.insert(EPOCH, &epoch[..])?;
-    transaction.set_quick_repair(true);
+/// Syncs the tables, with all that the journal has. That takes a sync more than redb's plain commit, and needs no look at
+/// all pages after a crash.
+pub(super) fn commit_tables(
+    mut transaction: WriteTransaction,
+    journal: &mut Option<Journal>,
+) -> Result<(), redb::Error> {
+    if let Some(journal) = &*journal {
+        let epoch = journal.next_epoch().to_le_bytes();
+        transaction.open_table(ABOUT)?.insert(EPOCH, &epoch[..])?;
+        transaction.set_quick_repair(true);
+    }
     transaction.commit()?;
-    journal.restart();
+    if let Some(journal) = journal {
+        journal.restart();
+    }
     Ok(())
 }
 

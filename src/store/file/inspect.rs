@@ -71,7 +71,8 @@ impl FileStore {
         let backend = Backend::new(medium, layout);
         let database = engine::start(&backend, &settings).map_err(|source| engine::not_opened(path, source))?;
         engine::check_format(&database, path)?;
-        engine::recover(&database, &backend).map_err(|source| engine::unreadable(path, source))?;
+        let recovered = engine::recovered(database, &backend, &settings);
+        let (database, _) = recovered.map_err(|source| engine::unreadable(path, source))?;
         let now = StoreTime::resume(&engine::read_stamp(&database, path)?, opening).now();
         let failed = |source| engine::unreadable(path, source);
         let snapshot = database.begin_read().map_err(|source| failed(source.into()))?;

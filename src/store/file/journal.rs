@@ -12,10 +12,15 @@
 use std::io;
 
 use super::{
+    effects::Effects,
     engine::Backend,
     layout::{BLOCK, Region},
     sector::{self, CONTENT, Place, SECTOR, Sector},
 };
+
+/// The most changes to records between two checkpoints. Each may be to another page, and all of these have to be written
+/// by the checkpoint: 32 MiB, and by then they fit into half of the memory that [`ENOUGH`](super::engine::ENOUGH) is.
+const MAX_CHANGES: usize = 8192;
 
 #[derive(Debug)]
 pub(super) struct Journal {
@@ -27,6 +32,8 @@ pub(super) struct Journal {
     number: u32,
     /// Where the next entry goes, from the region's beginning.
     end: u64,
+    /// How many changes to records are in it.
+    changes: usize,
     /// Kept for its room.
     buffer: Vec<u8>,
 }
@@ -67,6 +74,8 @@ impl Journal {
             salt: u64::from_le_bytes(salt),
             number: entries.len() as u32,
             end,
+            // Not known of those that are in it.
+            changes: if entries.is_empty() { 0 } else { MAX_CHANGES },
             buffer: Vec::new(),
         };
         Ok((journal, entries))
@@ -76,14 +85,21 @@ impl Journal {
         self.end == 0
     }
 
-    pub(super) fn has_room_for(&self, entry: &[u8]) -> bool {
-        let sectors = entry.len().div_ceil(CONTENT);
+    /// Whether it is time for a checkpoint. A quarter of it is left for a day when the disk is full and there can be
+    /// none.
+    pub(super) fn is_due(&self) -> bool {
+        self.end > self.region.len / 4 * 3 || self.changes >= MAX_CHANGES
+    }
+
+    pub(super) fn has_room_for(&self, effects: &Effects) -> bool {
+        let sectors = effects.as_bytes().len().div_ceil(CONTENT);
         let len = ((sectors * SECTOR) as u64).next_multiple_of(BLOCK);
         sectors <= u16::MAX.into() && self.end + len <= self.region.len
     }
 
     /// Durable when it returns. There has to be room.
-    pub(super) fn append(&mut self, entry: &[u8]) -> io::Result<()> {
+    pub(super) fn append(&mut self, effects: &Effects) -> io::Result<()> {
+        let entry = effects.as_bytes();
         let at = self.region.at + self.end;
         let mut buffer = std::mem::take(&mut self.buffer);
         buffer.clear();
@@ -105,6 +121,7 @@ impl Journal {
         self.backend.sync_raw()?;
         self.end += buffer.len() as u64;
         self.number += 1;
+        self.changes += effects.changes();
         self.buffer = buffer;
         Ok(())
     }
@@ -116,7 +133,8 @@ impl Journal {
 
     /// All that is in it is in the tables, and they are durable.
     pub(super) fn restart(&mut self) {
-        (self.epoch, self.number, self.end) = (self.epoch + 1, 0, 0);
+        (self.epoch, self.number) = (self.epoch + 1, 0);
+        (self.end, self.changes) = (0, 0);
     }
 }
 

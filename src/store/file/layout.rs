@@ -54,7 +54,10 @@ pub(super) enum Unknown {
 
 impl Layout {
     fn new(journal: u64) -> Self {
-        let journal = Region { at: BLOCK, len: journal };
+        let journal = Region {
+            at: BLOCK,
+            len: journal,
+        };
         Self {
             journal: Some(journal),
             tables: journal.at + journal.len,
@@ -136,7 +139,10 @@ mod tests {
         assert_eq!(layout.encode(), HEAD_OF_8_MIB);
         assert_eq!(Layout::decode(HEAD_OF_8_MIB, 10 << 20).unwrap(), layout);
         let journal = layout.journal.unwrap();
-        assert_eq!((journal.at, journal.len, layout.tables), (4096, 8 << 20, (8 << 20) + 4096));
+        assert_eq!(
+            (journal.at, journal.len, layout.tables),
+            (4096, 8 << 20, (8 << 20) + 4096)
+        );
     }
 
     #[test]
@@ -153,7 +159,10 @@ mod tests {
             let error = Layout::decode(&bytes, 10 << 20).unwrap_err();
             match bit / 8 {
                 0..17 => assert!(matches!(error, Unknown::NotOurs), "bit {bit}: {error:?}"),
-                17 => assert!(matches!(error, Unknown::Newer(_) | Unknown::Damaged), "bit {bit}: {error:?}"),
+                17 => assert!(
+                    matches!(error, Unknown::Newer(_) | Unknown::Damaged),
+                    "bit {bit}: {error:?}"
+                ),
                 _ => assert!(matches!(error, Unknown::Damaged), "bit {bit}: {error:?}"),
             }
         }
@@ -163,7 +172,10 @@ mod tests {
     fn a_file_that_ends_before_its_tables_is_damaged() {
         for len in [17, 29, 4096, (8 << 20) + 4096] {
             let head = &HEAD_OF_8_MIB[..HEAD_OF_8_MIB.len().min(len)];
-            assert!(matches!(Layout::decode(head, len as u64), Err(Unknown::Damaged)), "{len}");
+            assert!(
+                matches!(Layout::decode(head, len as u64), Err(Unknown::Damaged)),
+                "{len}"
+            );
         }
     }
 }

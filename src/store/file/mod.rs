@@ -145,13 +145,6 @@ impl FileStoreBuilder {
         self
     }
 
-    /// Whether a crash may be recovered from without reading all of the file. Each change then takes two syncs instead
-    /// of one, and writes more. Default: no.
-    pub fn quick_recovery(mut self, quick: bool) -> Self {
-        self.settings.quick_recovery = quick;
-        self
-    }
-
     /// How much room the journal of a new file takes, in bytes. Default: 4 MiB.
     #[cfg(feature = "testing")]
     pub fn journal_bytes(mut self, bytes: u64) -> Self {
@@ -224,7 +217,7 @@ impl FileStoreBuilder {
             engine::initialise(&database, &opening.stamp()).map_err(failed)?;
         }
         engine::check_format(&database, path)?;
-        let mut journal = engine::recover(&database, &backend).map_err(failed)?;
+        let (database, mut journal) = engine::recovered(database, &backend, &self.settings).map_err(failed)?;
         let stamp = engine::read_stamp(&database, path)?;
         let time = StoreTime::resume(&stamp, opening);
         // Durable before the first claim: the number of this run is never used again.
@@ -234,7 +227,7 @@ impl FileStoreBuilder {
         let mut effects = Effects::new();
         effects.time(&stamp);
         engine::write_time(&transaction, &stamp).map_err(failed)?;
-        engine::commit(transaction, &effects, &mut journal, &self.settings).map_err(failed)?;
+        engine::commit(transaction, &effects, &mut journal).map_err(failed)?;
         let shared = Arc::new(Shared {
             file: path.display().to_string().into(),
             time,

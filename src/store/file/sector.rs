@@ -80,10 +80,7 @@ fn decode(at: u64, bytes: &[u8]) -> Result<Option<Sector<'_>>, StoreError> {
         count: u16::from_le_bytes(rest.take()?),
     };
     let length = u16::from_le_bytes(rest.take()?);
-    Ok(rest
-        .0
-        .get(..length.into())
-        .map(|content| Sector::Whole(place, content)))
+    Ok(rest.0.get(..length.into()).map(|content| Sector::Whole(place, content)))
 }
 
 fn checksum(at: u64, bytes: &[u8]) -> u32 {

@@ -13,7 +13,7 @@ use super::{
     batch::Batch,
     cache::Kept,
     effects::Effects,
-    engine::{self, Backend, Broken, Failed, start, write_time},
+    engine::{self, Backend, Broken, Failed, write_time},
     frame::Time,
     journal::Journal,
     listeners::Wake,
@@ -99,9 +99,13 @@ impl Writer {
             }
             self.last.took = started.elapsed();
         }
-        // Whoever waits for the end hears of it, whatever redb stumbles over.
-        if catch_unwind(AssertUnwindSafe(|| self.end())).is_err() {
-            self.shared.fail(None);
+        // Whoever waits for the end hears of it, whatever redb stumbles over, and it is closed here and nowhere else.
+        for step in [Self::checkpoint_the_end, |writer: &mut Self| {
+            writer.shared.close_database()
+        }] {
+            if catch_unwind(AssertUnwindSafe(|| step(&mut self))).is_err() {
+                self.shared.fail(None);
+            }
         }
         let Self {
             shared,
@@ -115,12 +119,11 @@ impl Writer {
         shared.closed.send_replace(true);
     }
 
-    fn end(&mut self) {
+    fn checkpoint_the_end(&mut self) {
         if let Err(error) = self.remember_the_end() {
             let file = &self.shared.file;
             tracing::warn!(%file, %error, "the idempotency store could not write down when it was closed");
         }
-        self.shared.close_database();
     }
 
     /// Without the time a store that is opened often and changed seldom would never count the time it is open, where
@@ -137,10 +140,7 @@ impl Writer {
             if stamp {
                 write_time(&transaction, &self.shared.time.stamp(now).encode())?;
             }
-            match &mut self.journal {
-                Some(journal) => engine::checkpoint(transaction, journal)?,
-                None => transaction.commit()?,
-            }
+            engine::commit_tables(transaction, &mut self.journal)?;
         }
         Ok(())
     }
@@ -171,11 +171,31 @@ impl Writer {
                 for (job, outcome) in jobs.drain(..).zip(applied.outcomes) {
                     self.tell(job, outcome);
                 }
+                self.checkpoint();
             }
             Err(error) => {
                 let error = self.failed(error);
                 refuse(jobs, || error.clone().into());
             }
+        }
+    }
+
+    /// When the journal has had enough, after those of the last batch were answered. Not while the disk is full: it would
+    /// take room, and fail. A failure harms nobody's change, since all of them are in the journal.
+    fn checkpoint(&mut self) {
+        let due = self.journal.as_ref().is_some_and(Journal::is_due);
+        if !due || self.room.is_some() {
+            return;
+        }
+        let result = match &*self.shared.database() {
+            Some(database) => (database.begin_write().map_err(redb::Error::from))
+                .and_then(|transaction| engine::commit_tables(transaction, &mut self.journal)),
+            None => return,
+        };
+        match result {
+            Ok(()) if self.backend.spare.is_short() => self.room = Some(0),
+            Ok(()) => {}
+            Err(error) => drop(self.failed(error)),
         }
     }
 
@@ -202,9 +222,8 @@ impl Writer {
         let mut database = self.shared.database_mut();
         drop((database.take(), self.journal.take()));
         self.backend.take_failure();
-        let opened = start(&self.backend, &self.shared.settings).map_err(redb::Error::from);
-        match opened.and_then(|opened| Ok((engine::recover(&opened, &self.backend)?, opened))) {
-            Ok((journal, opened)) => {
+        match engine::reopen(&self.backend, &self.shared.settings) {
+            Ok((opened, journal)) => {
                 self.journal = journal;
                 *database = Some(opened);
             }
@@ -309,7 +328,7 @@ fn apply(
         write_time(&transaction, &stamp)?;
     }
     if changed {
-        engine::commit(transaction, &effects, journal, &shared.settings)?;
+        engine::commit(transaction, &effects, journal)?;
         shared.records.store(records, SeqCst);
     } else {
         transaction.abort()?;
