@@ -16,8 +16,8 @@ use redb::{StorageError, WriteTransaction};
 
 use super::{
     batch::{EXPIRY, RECORDS},
-    engine::write_time,
     frame::Reader,
+    tables::write_time,
 };
 use crate::error::StoreError;
 
@@ -127,4 +127,60 @@ fn bytes<'a>(rest: &mut Reader<'a>) -> Result<&'a [u8], redb::Error> {
 
 fn unreadable(_: StoreError) -> redb::Error {
     StorageError::Corrupted("an entry in its journal ends early".to_owned()).into()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, backends::InMemoryBackend};
+
+    use super::*;
+
+    /// Version 1 as it was first released. These bytes are on disks: they never change.
+    const GOLDEN: &[u8] = include_bytes!("golden/v1-effects.bin");
+
+    fn golden() -> Effects {
+        let mut effects = Effects::new();
+        effects.put(&[1; 32], b"first");
+        effects.place(&[2; 40]);
+        effects.put(&[3; 32], b"second");
+        effects.remove(&[1; 32]);
+        effects.place(&[4; 40]);
+        effects.unplace(&[2; 40]);
+        effects.time(b"now");
+        effects
+    }
+
+    #[test]
+    fn effects_are_written_as_they_were_first_released_and_done_again_any_number_of_times() {
+        assert_eq!(golden().as_bytes(), GOLDEN);
+        assert_eq!(golden().changes(), 3);
+        let database = Database::builder().create_with_backend(InMemoryBackend::new()).unwrap();
+        for _ in 0..2 {
+            let transaction = database.begin_write().unwrap();
+            apply(&transaction, GOLDEN).unwrap();
+            transaction.commit().unwrap();
+            let snapshot = database.begin_read().unwrap();
+            let records = snapshot.open_table(RECORDS).unwrap();
+            let expiry = snapshot.open_table(EXPIRY).unwrap();
+            assert_eq!(records.get(&[3; 32]).unwrap().unwrap().value(), b"second");
+            assert_eq!(expiry.first().unwrap().unwrap().0.value(), &[4; 40]);
+            assert_eq!((records.len().unwrap(), expiry.len().unwrap()), (1, 1));
+        }
+    }
+
+    #[test]
+    fn effects_that_end_early_or_are_newer_are_an_error_and_nothing_panics() {
+        let database = Database::builder().create_with_backend(InMemoryBackend::new()).unwrap();
+        let transaction = database.begin_write().unwrap();
+        let ends = [1, 43, 84, 127, 160, 201, 242];
+        for end in 0..GOLDEN.len() {
+            let result = apply(&transaction, &GOLDEN[..end]);
+            assert_eq!(result.is_ok(), ends.contains(&end), "{end}: {result:?}");
+        }
+        let newer = apply(&transaction, &[2, 1]);
+        assert!(matches!(newer, Err(redb::Error::UpgradeRequired(2))), "{newer:?}");
+        assert!(apply(&transaction, &[1, 9]).is_err());
+    }
 }

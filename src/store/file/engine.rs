@@ -8,31 +8,14 @@ use std::{
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
-use redb::{
-    Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageError,
-    TableDefinition, TableError, WriteTransaction,
-};
+use redb::{Database, DatabaseError, StorageError};
 
 use super::{
-    batch::{EXPIRY, RECORDS},
-    clock::Stamp,
-    effects::{self, Effects},
     error::{FileStoreError, FileStoreErrorKind},
-    journal::Journal,
-    layout::{Layout, OURS, Unknown},
+    layout::{Layout, Region, Unknown},
     medium::{Medium, Spare, is_full},
 };
 use crate::error::{StoreError, StoreErrorKind};
-
-/// What the file says of itself.
-const ABOUT: TableDefinition<&str, &[u8]> = TableDefinition::new("store");
-const FORMAT: &str = "format";
-const TIME: &str = "time";
-/// Which epoch of the journal comes after what is in the tables.
-const EPOCH: &str = "epoch";
-
-/// The version of the tables, which stands behind [`OURS`] in [`FORMAT`]. Records have versions of their own.
-const VERSION: u8 = 1;
 
 /// A medium for redb, with the spare between them, and the first thing that went wrong.
 #[derive(Clone, Debug)]
@@ -60,6 +43,11 @@ impl Backend {
             layout,
             failed: Arc::default(),
         }
+    }
+
+    /// Where the journal is, if there is one.
+    pub(super) fn journal(&self) -> Option<Region> {
+        self.layout.journal
     }
 
     /// How it failed since this was last asked.
@@ -200,176 +188,6 @@ pub(super) fn start(backend: &Backend, settings: &Settings) -> Result<Database, 
     // A file that something else has changed may lead its reader anywhere.
     catch_unwind(AssertUnwindSafe(|| builder.create_with_backend(backend.clone())))
         .unwrap_or_else(|_| Err(StorageError::Corrupted("its pages do not fit together".to_owned()).into()))
-}
-
-/// Makes the tables of a store in an empty database.
-pub(super) fn initialise(database: &Database, first: &Stamp) -> Result<(), redb::Error> {
-    let mut transaction = database.begin_write()?;
-    transaction.open_table(RECORDS)?;
-    transaction.open_table(EXPIRY)?;
-    let format = [&OURS[..], &[VERSION]].concat();
-    transaction.open_table(ABOUT)?.insert(FORMAT, &format[..])?;
-    write_time(&transaction, &first.encode())?;
-    // So that even a crash from now on is recovered from without a look at all pages.
-    transaction.set_quick_repair(true);
-    transaction.commit()?;
-    Ok(())
-}
-
-pub(super) fn write_time(transaction: &WriteTransaction, stamp: &[u8]) -> Result<(), redb::Error> {
-    transaction.open_table(ABOUT)?.insert(TIME, stamp)?;
-    Ok(())
-}
-
-/// What pages may take in memory at least while there is no room for them on the disk: all that are changed between two
-/// checkpoints, twice.
-pub(super) const ENOUGH: usize = 128 << 20;
-
-/// Opens the tables and brings them to where they were.
-pub(super) fn reopen(backend: &Backend, settings: &Settings) -> Result<(Database, Option<Journal>), redb::Error> {
-    recovered(start(backend, settings)?, backend, settings)
-}
-
-/// Brings the tables to where they were. They need no room on the disk for that, if memory has room for them.
-pub(super) fn recovered(
-    database: Database,
-    backend: &Backend,
-    settings: &Settings,
-) -> Result<(Database, Option<Journal>), redb::Error> {
-    match recover(&database, backend) {
-        Ok(journal) => Ok((database, journal)),
-        Err(error) if settings.cache_bytes < ENOUGH && backend.take_failure() == Some(Failed::Full) => {
-            tracing::warn!(%error, "the disk is full: the idempotency store keeps its latest pages in memory");
-            drop(database);
-            let settings = Settings {
-                cache_bytes: ENOUGH,
-                ..*settings
-            };
-            reopen(backend, &settings)
-        }
-        Err(error) => Err(error),
-    }
-}
-
-/// Does again what the journal says was done since the tables were synced. In memory alone: it is durable where it is.
-fn recover(database: &Database, backend: &Backend) -> Result<Option<Journal>, redb::Error> {
-    let Some(region) = backend.layout.journal else {
-        return Ok(None);
-    };
-    let mut transaction = database.begin_write()?;
-    let epoch = match transaction.open_table(ABOUT)?.get(EPOCH)? {
-        Some(epoch) => u64::from_le_bytes(*epoch.value().first_chunk().ok_or_else(no_epoch)?),
-        None => 0,
-    };
-    let (journal, entries) = Journal::open(backend, region, epoch)?;
-    if entries.is_empty() {
-        transaction.abort()?;
-    } else {
-        for entry in &entries {
-            effects::apply(&transaction, entry)?;
-        }
-        transaction.set_durability(Durability::None)?;
-        transaction.commit()?;
-    }
-    Ok(Some(journal))
-}
-
-fn no_epoch() -> redb::Error {
-    redb::Error::Corrupted("its journal's epoch is cut".to_owned())
-}
-
-/// Durable when it returns: in the journal if there is room for the effects, or else in the tables. What is not durable
-/// yet is seen by nobody.
-pub(super) fn commit(
-    mut transaction: WriteTransaction,
-    effects: &Effects,
-    journal: &mut Option<Journal>,
-) -> Result<(), redb::Error> {
-    match journal {
-        Some(journal) if journal.has_room_for(effects) => {
-            journal.append(effects)?;
-            transaction.set_durability(Durability::None)?;
-            Ok(transaction.commit()?)
-        }
-        journal => commit_tables(transaction, journal),
-    }
-}
-
-/// Syncs the tables, with all that the journal has. That takes a sync more than redb's plain commit, and needs no look at
-/// all pages after a crash.
-pub(super) fn commit_tables(
-    mut transaction: WriteTransaction,
-    journal: &mut Option<Journal>,
-) -> Result<(), redb::Error> {
-    if let Some(journal) = &*journal {
-        let epoch = journal.next_epoch().to_le_bytes();
-        transaction.open_table(ABOUT)?.insert(EPOCH, &epoch[..])?;
-        transaction.set_quick_repair(true);
-    }
-    transaction.commit()?;
-    if let Some(journal) = journal {
-        journal.restart();
-    }
-    Ok(())
-}
-
-/// How many records there are; the tree knows.
-pub(super) fn records(transaction: &WriteTransaction) -> Result<u64, redb::Error> {
-    Ok(transaction.open_table(RECORDS)?.len()?)
-}
-
-/// Whether these are the tables of a store. Nothing was changed before this.
-pub(super) fn check_format(database: &Database, path: &Path) -> Result<(), FileStoreError> {
-    let failed = |source| unreadable(path, source);
-    let transaction = database.begin_read().map_err(|source| failed(source.into()))?;
-    let about = match transaction.open_table(ABOUT) {
-        Ok(about) => about,
-        Err(TableError::Storage(source)) => return Err(failed(source.into())),
-        Err(source) => return Err(FileStoreError::new(FileStoreErrorKind::NotAStore, path, source)),
-    };
-    let format = about.get(FORMAT).map_err(|source| failed(source.into()))?;
-    let version = format.as_ref().and_then(|format| format.value().strip_prefix(OURS));
-    match version {
-        Some([VERSION]) => {}
-        Some([newer, ..]) if *newer > VERSION => {
-            let what = format!("version {newer} of its tables");
-            return Err(FileStoreError::new(FileStoreErrorKind::NewerVersion, path, what));
-        }
-        _ => {
-            return Err(FileStoreError::new(
-                FileStoreErrorKind::NotAStore,
-                path,
-                "it is not marked as one",
-            ));
-        }
-    }
-    let missing = transaction
-        .open_table(RECORDS)
-        .err()
-        .or(transaction.open_table(EXPIRY).err());
-    match missing {
-        Some(source) => Err(failed(source.into())),
-        None => Ok(()),
-    }
-}
-
-/// What the last run left.
-pub(super) fn read_stamp(database: &Database, path: &Path) -> Result<Stamp, FileStoreError> {
-    let read = || -> Result<_, redb::Error> { Ok(database.begin_read()?.open_table(ABOUT)?.get(TIME)?) };
-    let Some(stamp) = read().map_err(|source| unreadable(path, source))? else {
-        return Err(FileStoreError::new(
-            FileStoreErrorKind::Damaged,
-            path,
-            "its time is missing",
-        ));
-    };
-    Stamp::decode(stamp.value()).map_err(|source| {
-        let kind = match source.kind() {
-            StoreErrorKind::NewerVersion => FileStoreErrorKind::NewerVersion,
-            _ => FileStoreErrorKind::Damaged,
-        };
-        FileStoreError::new(kind, path, source)
-    })
 }
 
 /// Why a file that is open cannot be used, in the words of a store.

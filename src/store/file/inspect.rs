@@ -9,12 +9,13 @@ use super::{
     FileStore,
     batch::{RECORDS, decode},
     clock::{Opening, StoreTime, SystemClock},
+    commit,
     engine::{self, Backend},
     error::FileStoreError,
     frame::{NEVER, State},
     layout::Layout,
     medium::Medium,
-    open,
+    open, tables,
 };
 use crate::{codec::StoredResponse, record::RecordId};
 
@@ -70,10 +71,10 @@ impl FileStore {
         let layout = Layout::read(&medium).map_err(|source| engine::not_laid_out(path, source))?;
         let backend = Backend::new(medium, layout);
         let database = engine::start(&backend, &settings).map_err(|source| engine::not_opened(path, source))?;
-        engine::check_format(&database, path)?;
-        let recovered = engine::recovered(database, &backend, &settings);
+        tables::check_format(&database, path)?;
+        let recovered = commit::recovered(database, &backend, &settings);
         let (database, _) = recovered.map_err(|source| engine::unreadable(path, source))?;
-        let now = StoreTime::resume(&engine::read_stamp(&database, path)?, opening).now();
+        let now = StoreTime::resume(&tables::read_stamp(&database, path)?, opening).now();
         let failed = |source| engine::unreadable(path, source);
         let snapshot = database.begin_read().map_err(|source| failed(source.into()))?;
         let records = snapshot.open_table(RECORDS).map_err(|source| failed(source.into()))?;

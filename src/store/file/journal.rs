@@ -19,7 +19,7 @@ use super::{
 };
 
 /// The most changes to records between two checkpoints. Each may be to another page, and all of these have to be written
-/// by the checkpoint: 32 MiB, and by then they fit into half of the memory that [`ENOUGH`](super::engine::ENOUGH) is.
+/// by the checkpoint: 32 MiB, and by then they fit into half of the memory that [`ENOUGH`](super::commit::ENOUGH) is.
 const MAX_CHANGES: usize = 8192;
 
 #[derive(Debug)]
@@ -103,20 +103,14 @@ impl Journal {
         let at = self.region.at + self.end;
         let mut buffer = std::mem::take(&mut self.buffer);
         buffer.clear();
-        let count = entry.len().div_ceil(CONTENT) as u16;
-        for (index, content) in entry.chunks(CONTENT).enumerate() {
-            let place = Place {
-                epoch: self.epoch,
-                salt: self.salt,
-                number: self.number,
-                index: index as u16,
-                count,
-            };
-            let at = at + buffer.len() as u64;
-            sector::write(&mut buffer, at, &place, content);
-        }
-        // Whole blocks: a part of one would have to be read first.
-        buffer.resize(buffer.len().next_multiple_of(BLOCK as usize), 0);
+        let place = Place {
+            epoch: self.epoch,
+            salt: self.salt,
+            number: self.number,
+            index: 0,
+            count: 0,
+        };
+        encode(&mut buffer, at, place, entry);
         self.backend.write_raw(at, &buffer)?;
         self.backend.sync_raw()?;
         self.end += buffer.len() as u64;
@@ -136,6 +130,17 @@ impl Journal {
         (self.epoch, self.number) = (self.epoch + 1, 0);
         (self.end, self.changes) = (0, 0);
     }
+}
+
+/// The blocks of an entry that begins at `at` in the file.
+fn encode(out: &mut Vec<u8>, at: u64, place: Place, entry: &[u8]) {
+    let count = entry.len().div_ceil(CONTENT) as u16;
+    for (index, content) in (0..).zip(entry.chunks(CONTENT)) {
+        let at = at + out.len() as u64;
+        sector::write(out, at, &Place { index, count, ..place }, content);
+    }
+    // Whole blocks: a part of one would have to be read first.
+    out.resize(out.len().next_multiple_of(BLOCK as usize), 0);
 }
 
 /// The entries of an epoch in a journal that begins at `start` in the file.
@@ -186,4 +191,145 @@ fn scan(bytes: &[u8], start: u64, epoch: u64) -> Result<Found, Damaged> {
     }
     let end = (first * SECTOR) as u64;
     Ok(Found { entries, end })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    const START: u64 = 4096;
+    const SECTORS_OF_A_BLOCK: usize = BLOCK as usize / SECTOR;
+
+    fn place(epoch: u64, salt: u64, number: u32) -> Place {
+        Place {
+            epoch,
+            salt,
+            number,
+            index: 0,
+            count: 0,
+        }
+    }
+
+    fn content(number: u32) -> Vec<u8> {
+        (0..1000 * (number + 1)).map(|at| (at * 7 + number) as u8).collect()
+    }
+
+    /// As `append` leaves it, from `first` on; returns where the next one goes.
+    fn write(bytes: &mut [u8], first: usize, entry: Place) -> usize {
+        let content = content(entry.number);
+        let mut out = Vec::new();
+        encode(&mut out, START + (first * SECTOR) as u64, entry, &content);
+        bytes[first * SECTOR..][..out.len()].copy_from_slice(&out);
+        first + out.len() / SECTOR
+    }
+
+    /// Three entries of epoch 7, after a longer epoch 6, and where each begins.
+    fn journal() -> (Vec<u8>, [usize; 4]) {
+        let mut bytes = vec![0; 16 * BLOCK as usize];
+        let mut at = 0;
+        for number in 0..5 {
+            at = write(&mut bytes, at, place(6, 1, number));
+        }
+        let mut begins = [0; 4];
+        for number in 0..3 {
+            begins[number + 1] = write(&mut bytes, begins[number], place(7, 2, number as u32));
+        }
+        (bytes, begins)
+    }
+
+    fn found(bytes: &[u8]) -> Result<usize, Damaged> {
+        scan(bytes, START, 7).map(|found| {
+            for (number, entry) in found.entries.iter().enumerate() {
+                assert_eq!(*entry, content(number as u32));
+            }
+            found.entries.len()
+        })
+    }
+
+    fn sectors_of(number: u32) -> usize {
+        content(number).len().div_ceil(CONTENT)
+    }
+
+    #[test]
+    fn the_entries_of_an_epoch_are_found_in_their_order_and_no_others() {
+        let (bytes, begins) = journal();
+        assert_eq!(found(&bytes), Ok(3));
+        assert_eq!(scan(&bytes, START, 7).unwrap().end, (begins[3] * SECTOR) as u64);
+        for epoch in [0, 5, 8] {
+            assert_eq!(scan(&bytes, START, epoch).unwrap(), Found::default(), "epoch {epoch}");
+        }
+        // Tables of before a checkpoint that came before these entries were not kept as a sync promised.
+        assert!(scan(&bytes, START, 6).is_err());
+        assert_eq!(scan(&vec![0; 8192], START, 0).unwrap(), Found::default());
+    }
+
+    #[test]
+    fn a_last_entry_of_which_any_sector_was_not_written_was_never_acknowledged() {
+        let (whole, begins) = journal();
+        for old in [vec![0; whole.len()], {
+            // What epoch 6 left there.
+            let mut bytes = vec![0; whole.len()];
+            let mut at = 0;
+            for number in 0..5 {
+                at = write(&mut bytes, at, place(6, 1, number));
+            }
+            bytes
+        }] {
+            for lost in 1..1 << sectors_of(2) {
+                let mut bytes = whole.clone();
+                for sector in (0..sectors_of(2)).filter(|sector| lost & (1 << sector) != 0) {
+                    let at = (begins[2] + sector) * SECTOR;
+                    bytes[at..at + SECTOR].copy_from_slice(&old[at..at + SECTOR]);
+                }
+                assert_eq!(found(&bytes), Ok(2), "without the sectors {lost:b}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_of_an_acknowledged_entry_is_noticed_even_of_the_last_one() {
+        let (whole, begins) = journal();
+        for number in 0..3 {
+            let from = begins[number as usize] * SECTOR;
+            for bit in from * 8..(from + sectors_of(number) * SECTOR) * 8 {
+                let mut bytes = whole.clone();
+                bytes[bit / 8] ^= 1 << (bit % 8);
+                assert!(found(&bytes).is_err(), "bit {bit} of entry {number}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_acknowledged_entry_that_is_not_there_any_more_is_noticed_if_others_come_after_it() {
+        let (whole, begins) = journal();
+        for number in 0..2 {
+            let mut bytes = whole.clone();
+            bytes[begins[number] * SECTOR..begins[number + 1] * SECTOR].fill(0);
+            let at = START + (begins[number] * SECTOR) as u64;
+            assert_eq!(found(&bytes), Err(Damaged { at }));
+        }
+    }
+
+    #[test]
+    fn no_part_of_a_torn_entry_is_taken_for_a_part_of_the_one_that_was_written_over_it() {
+        let (mut bytes, begins) = journal();
+        // Torn: its first sector was not written. Whoever opens the file next has another salt, and goes on there.
+        write(&mut bytes, begins[3], place(7, 2, 3));
+        bytes[begins[3] * SECTOR..][..SECTOR].fill(0);
+        assert_eq!(found(&bytes), Ok(3));
+        let torn = bytes.clone();
+        write(&mut bytes, begins[3], place(7, 3, 3));
+        assert_eq!(found(&bytes), Ok(4));
+        let second = (begins[3] + 1) * SECTOR;
+        bytes[second..second + SECTOR].copy_from_slice(&torn[second..second + SECTOR]);
+        assert_eq!(found(&bytes), Ok(3), "half of the one and half of the other");
+    }
+
+    #[test]
+    fn an_entry_begins_a_block_of_its_own() {
+        let (_, begins) = journal();
+        assert!(begins.iter().all(|begin| begin % SECTORS_OF_A_BLOCK == 0), "{begins:?}");
+    }
 }

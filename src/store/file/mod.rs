@@ -11,6 +11,7 @@ mod cache;
     allow(unreachable_pub, reason = "a clock of one's own is for tests")
 )]
 mod clock;
+mod commit;
 mod effects;
 mod engine;
 mod error;
@@ -30,6 +31,7 @@ mod queue;
 mod reader;
 mod sector;
 mod shared;
+mod tables;
 mod writer;
 
 use std::{
@@ -214,20 +216,20 @@ impl FileStoreBuilder {
         let database = engine::start(&backend, &self.settings).map_err(|source| engine::not_opened(path, source))?;
         let failed = |source| engine::unreadable(path, source);
         if fresh {
-            engine::initialise(&database, &opening.stamp()).map_err(failed)?;
+            tables::initialise(&database, &opening.stamp()).map_err(failed)?;
         }
-        engine::check_format(&database, path)?;
-        let (database, mut journal) = engine::recovered(database, &backend, &self.settings).map_err(failed)?;
-        let stamp = engine::read_stamp(&database, path)?;
+        tables::check_format(&database, path)?;
+        let (database, mut journal) = commit::recovered(database, &backend, &self.settings).map_err(failed)?;
+        let stamp = tables::read_stamp(&database, path)?;
         let time = StoreTime::resume(&stamp, opening);
         // Durable before the first claim: the number of this run is never used again.
         let transaction = database.begin_write().map_err(|source| failed(source.into()))?;
-        let records = engine::records(&transaction).map_err(failed)?;
+        let records = tables::records(&transaction).map_err(failed)?;
         let stamp = time.stamp(time.began()).encode();
         let mut effects = Effects::new();
         effects.time(&stamp);
-        engine::write_time(&transaction, &stamp).map_err(failed)?;
-        engine::commit(transaction, &effects, &mut journal).map_err(failed)?;
+        tables::write_time(&transaction, &stamp).map_err(failed)?;
+        commit::commit(transaction, &effects, &mut journal).map_err(failed)?;
         let shared = Arc::new(Shared {
             file: path.display().to_string().into(),
             time,

@@ -9,10 +9,11 @@ use std::{
 
 use super::{
     clock::Stamp,
-    engine::{Backend, Settings, initialise, not_opened, start, unreadable},
+    engine::{Backend, Settings, not_opened, start, unreadable},
     error::{FileStoreError, FileStoreErrorKind},
     layout::Layout,
     medium::{Disk, Medium, missing_is_fine},
+    tables::initialise,
 };
 
 /// Opens the file, which is made first, with this stamp, if there is none.

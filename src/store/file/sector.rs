@@ -89,3 +89,38 @@ fn checksum(at: u64, bytes: &[u8]) -> u32 {
     hasher.update(bytes);
     hasher.finalize()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLACE: Place = Place {
+        epoch: 7,
+        salt: 0x0123_4567_89ab_cdef,
+        number: 5,
+        index: 2,
+        count: 3,
+    };
+
+    /// Version 1 as it was first released, at 8192 in its file. These bytes are on disks: they never change.
+    const GOLDEN: &[u8] = include_bytes!("golden/v1-sector.bin");
+
+    #[test]
+    fn a_sector_is_written_and_read_as_it_was_first_released() {
+        let mut out = Vec::new();
+        write(&mut out, 8192, &PLACE, b"the end of an entry");
+        assert_eq!(out, GOLDEN);
+        assert_eq!(read(8192, GOLDEN), Sector::Whole(PLACE, b"the end of an entry"));
+    }
+
+    #[test]
+    fn a_sector_is_whole_empty_or_damaged_and_belongs_where_it_was_written() {
+        assert_eq!(read(8192, &[0; SECTOR]), Sector::Empty);
+        assert_eq!(read(8704, GOLDEN), Sector::Damaged);
+        for bit in 0..SECTOR * 8 {
+            let mut bytes = GOLDEN.to_vec();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(read(8192, &bytes), Sector::Damaged, "bit {bit}");
+        }
+    }
+}

@@ -12,13 +12,15 @@ use redb::Database;
 use super::{
     batch::Batch,
     cache::Kept,
+    commit::{commit, commit_tables, reopen},
     effects::Effects,
-    engine::{self, Backend, Broken, Failed, write_time},
+    engine::{Backend, Broken, Failed},
     frame::Time,
     journal::Journal,
     listeners::Wake,
     queue::{Change, ChangeJob, MAX_BATCH, WriteJob},
     shared::Shared,
+    tables::write_time,
 };
 use crate::{
     error::{StoreError, StoreErrorKind},
@@ -140,7 +142,7 @@ impl Writer {
             if stamp {
                 write_time(&transaction, &self.shared.time.stamp(now).encode())?;
             }
-            engine::commit_tables(transaction, &mut self.journal)?;
+            commit_tables(transaction, &mut self.journal)?;
         }
         Ok(())
     }
@@ -189,7 +191,7 @@ impl Writer {
         }
         let result = match &*self.shared.database() {
             Some(database) => (database.begin_write().map_err(redb::Error::from))
-                .and_then(|transaction| engine::commit_tables(transaction, &mut self.journal)),
+                .and_then(|transaction| commit_tables(transaction, &mut self.journal)),
             None => return,
         };
         match result {
@@ -222,7 +224,7 @@ impl Writer {
         let mut database = self.shared.database_mut();
         drop((database.take(), self.journal.take()));
         self.backend.take_failure();
-        match engine::reopen(&self.backend, &self.shared.settings) {
+        match reopen(&self.backend, &self.shared.settings) {
             Ok((opened, journal)) => {
                 self.journal = journal;
                 *database = Some(opened);
@@ -328,7 +330,7 @@ fn apply(
         write_time(&transaction, &stamp)?;
     }
     if changed {
-        engine::commit(transaction, &effects, journal)?;
+        commit(transaction, &effects, journal)?;
         shared.records.store(records, SeqCst);
     } else {
         transaction.abort()?;
