@@ -42,6 +42,15 @@ async fn open(medium: &Failing, clock: &TestClock) -> Result<FileStore, FileStor
     builder.cache_bytes(64 << 10).replay_bytes(0).open().await
 }
 
+/// A new medium with a journal that is full after a few changes.
+async fn with_a_short_journal(clock: &TestClock) -> Failing {
+    let medium = Failing::default();
+    let builder = FileStore::builder("simulated").medium(medium.clone());
+    let store = builder.clock(clock.clone()).journal_bytes(64 << 10).open().await;
+    store.unwrap().close().await;
+    medium
+}
+
 async fn acquire(store: &FileStore, number: u64) -> Result<Lease, StoreError> {
     match store.begin(&id(number), &claim()).await? {
         Begin::Acquired(lease) => Ok(lease),
@@ -122,9 +131,9 @@ async fn an_error_at_any_call_to_the_medium_loses_nothing_and_is_told_from_then_
         let mut after = 0;
         let mut failed_while_open = 0;
         loop {
-            let (medium, clock) = (Failing::default(), TestClock::new());
+            let clock = TestClock::new();
             // A file gets its name once it is whole, so the medium is made before it begins to fail.
-            open(&medium, &clock).await.unwrap().close().await;
+            let medium = with_a_short_journal(&clock).await;
             medium.fail(calls, after);
             let completed = match open(&medium, &clock).await {
                 Ok(store) => {
@@ -650,6 +659,90 @@ async fn a_verified_opening_finds_a_flipped_bit_anywhere() {
                 );
             }
         }
+    }
+}
+
+#[tokio::test]
+async fn a_flipped_bit_in_the_journal_that_a_lost_process_left_takes_back_nothing_that_was_acknowledged() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    let store = open(&medium, &clock).await.unwrap();
+    for number in 0..10 {
+        let lease = acquire(&store, number).await.unwrap();
+        store
+            .complete(&lease, &response(number, 1000), Retention::Forever)
+            .await
+            .unwrap();
+    }
+    // While it is open: what the next opening finds if this process is lost now.
+    let whole = medium.bytes();
+    let (mut refused, mut harmless) = (0, 0);
+    for bit in (4096 * 8..4096 * 8 * 30).step_by(2011) {
+        let mut bytes = whole.clone();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        match open(&Failing::with(bytes), &clock).await {
+            Err(error) => {
+                assert_eq!(error.kind(), FileStoreErrorKind::Damaged, "{error}");
+                refused += 1;
+            }
+            Ok(store) => {
+                for number in 0..10 {
+                    assert!(
+                        is_completed(&store, number, &response(number, 1000)).await,
+                        "bit {bit}: {number}"
+                    );
+                }
+                harmless += 1;
+            }
+        }
+    }
+    // Entries fill their last block with zeros, and those say nothing.
+    assert!(
+        refused > 50 && harmless > 100,
+        "{refused} were noticed, {harmless} harmless"
+    );
+}
+
+#[tokio::test]
+async fn a_checkpoint_for_which_there_is_no_room_harms_no_change() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    medium.room(12 * MIB);
+    medium.without_spare();
+    let builder = FileStore::builder("simulated").medium(medium.clone());
+    let store = builder.clock(clock.clone()).replay_bytes(0).open().await.unwrap();
+    // Of what is there already the journal is a part.
+    medium.others_leave(0);
+    let running = acquire(&store, 9000).await.unwrap();
+    let mut kept = Vec::new();
+    let refused = loop {
+        let number = kept.len() as u64;
+        let lease = match acquire(&store, number).await {
+            Ok(lease) => lease,
+            Err(error) => break error,
+        };
+        let answer = response(number, 50_000);
+        store.complete(&lease, &answer, Retention::For(DAY)).await.unwrap();
+        kept.push(number);
+    };
+    assert_eq!(refused.kind(), StoreErrorKind::Full, "{}", said(&refused));
+    assert!(kept.len() > 40, "it was no checkpoint that failed after {}", kept.len());
+    // What is in flight ends: a part of the journal is for that.
+    store.renew(&running, DAY).await.unwrap();
+    let not_kept = StoredResponse::not_kept(StatusCode::CREATED);
+    store.complete(&running, &not_kept, Retention::For(DAY)).await.unwrap();
+    for number in &kept {
+        assert!(
+            is_completed(&store, *number, &response(*number, 50_000)).await,
+            "{number}"
+        );
+    }
+    // And a process that is lost now finds all of them.
+    let crashed = Failing::with(medium.bytes());
+    let store = open(&crashed, &clock).await.unwrap();
+    for number in &kept {
+        assert!(
+            is_completed(&store, *number, &response(*number, 50_000)).await,
+            "{number}"
+        );
     }
 }
 
