@@ -2,7 +2,8 @@
 //!
 //! While the writer is at work a claim goes to a reader first, which answers from the last durable state whatever
 //! changes nothing: replays, conflicts, lost attempts. The others, and every change, go to the one [writer](writer),
-//! which takes all that waits, applies it in one transaction, syncs, and answers. Neither runs on a task's thread.
+//! which takes all that waits, applies it in one transaction, writes what that did to the [journal](journal), syncs, and
+//! answers. Neither runs on a task's thread.
 
 mod batch;
 mod cache;
@@ -127,7 +128,8 @@ pub struct FileStoreBuilder {
 }
 
 impl FileStoreBuilder {
-    /// The most memory that pages of the file may take, in bytes. Default: 128 MiB.
+    /// The most memory that pages of the file may take, in bytes. On a disk that is full it may become 128 MiB. Default:
+    /// 128 MiB.
     pub fn cache_bytes(mut self, bytes: usize) -> Self {
         self.settings.cache_bytes = bytes;
         self
@@ -141,7 +143,7 @@ impl FileStoreBuilder {
     }
 
     /// Whether opening the file reads and checks all of it. A record is checked whenever it is read; this also finds bits
-    /// that flipped in the pages which lead to records, and which may hide one or stop the process. Default: no.
+    /// that flipped in the pages which lead to records, and which may hide one. Default: no.
     pub fn verify(mut self, verify: bool) -> Self {
         self.settings.verify = verify;
         self
@@ -168,7 +170,8 @@ impl FileStoreBuilder {
         self
     }
 
-    /// Opens the file, or makes it. After a crash this reads all of it; nothing blocks the calling task meanwhile.
+    /// Opens the file, or makes it. After a crash this does again what is in the journal; nothing blocks the calling task
+    /// meanwhile.
     ///
     /// # Errors
     /// See [`FileStoreErrorKind`]; the error names the file.
@@ -283,8 +286,8 @@ impl FileStore {
     }
 
     /// Ends what was begun, closes the file and returns when that is done; every later call to this store or a clone of
-    /// it fails. Not needed for the records to be safe: it saves the next opening a look at all of them, and says
-    /// when the file may be opened again.
+    /// it fails. Not needed for the records to be safe: it leaves the next opening an empty journal, and says when the
+    /// file may be opened again.
     pub async fn close(&self) {
         let shared = &self.handle.shared;
         shared.close();

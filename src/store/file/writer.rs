@@ -1,5 +1,5 @@
-//! The one thread that writes: takes what waits, decides and applies it in one transaction, syncs, and only then
-//! answers.
+//! The one thread that writes: takes what waits, decides and applies it in one transaction, makes that durable, and only
+//! then answers.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -94,21 +94,16 @@ impl Writer {
             }
             let started = Instant::now();
             self.last.jobs = jobs.len();
-            if catch_unwind(AssertUnwindSafe(|| self.batch(&mut jobs))).is_err() {
-                // Before anybody hears of it: what comes next finds that the store failed.
-                let broken = self.shared.fail(None);
+            if let Err(broken) = self.careful(|writer| writer.batch(&mut jobs)) {
                 refuse(&mut jobs, || broken.clone().into());
             }
             self.last.took = started.elapsed();
+            // Nobody waits for it; those who come later hear of a failure.
+            let _ = self.careful(Self::checkpoint);
         }
         // Whoever waits for the end hears of it, whatever redb stumbles over, and it is closed here and nowhere else.
-        for step in [Self::checkpoint_the_end, |writer: &mut Self| {
-            writer.shared.close_database()
-        }] {
-            if catch_unwind(AssertUnwindSafe(|| step(&mut self))).is_err() {
-                self.shared.fail(None);
-            }
-        }
+        let _ = self.careful(Self::checkpoint_the_end);
+        let _ = self.careful(|writer| writer.shared.close_database());
         let Self {
             shared,
             backend,
@@ -119,6 +114,11 @@ impl Writer {
         // The lock goes with the medium, and only then may the file be opened again.
         drop((journal, backend));
         shared.closed.send_replace(true);
+    }
+
+    /// What panics has failed before anybody hears of it.
+    fn careful(&mut self, step: impl FnOnce(&mut Self)) -> Result<(), Broken> {
+        catch_unwind(AssertUnwindSafe(|| step(self))).map_err(|_| self.shared.fail(None))
     }
 
     fn checkpoint_the_end(&mut self) {
@@ -173,7 +173,6 @@ impl Writer {
                 for (job, outcome) in jobs.drain(..).zip(applied.outcomes) {
                     self.tell(job, outcome);
                 }
-                self.checkpoint();
             }
             Err(error) => {
                 let error = self.failed(error);
@@ -182,11 +181,11 @@ impl Writer {
         }
     }
 
-    /// When the journal has had enough, after those of the last batch were answered. Not while the disk is full: it would
+    /// When the journal has had enough, once those of the last batch were answered. Not while the disk is full: it would
     /// take room, and fail. A failure harms nobody's change, since all of them are in the journal.
     fn checkpoint(&mut self) {
         let due = self.journal.as_ref().is_some_and(Journal::is_due);
-        if !due || self.room.is_some() {
+        if !due || self.room.is_some() || self.shared.broken.get().is_some() {
             return;
         }
         let result = match &*self.shared.database() {
