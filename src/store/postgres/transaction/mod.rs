@@ -1,0 +1,399 @@
+//! Claims in a transaction that the handler works in, whichever client it works with.
+
+mod client;
+mod ends;
+mod say;
+#[cfg(feature = "sqlx")]
+mod sqlx;
+mod statements;
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use http::Extensions;
+
+pub(super) use self::{client::ClientSource, ends::Ends, say::Failure, statements::TransactionStatements};
+pub use self::client::PostgresTransaction;
+#[cfg(feature = "sqlx")]
+pub use self::sqlx::SqlxTransaction;
+#[cfg(feature = "sqlx")]
+pub(super) use self::sqlx::SqlxSource;
+use self::{
+    ends::Waking,
+    say::{Say, Value},
+    statements::{RELEASE, SAVEPOINT, UNDO, held, locks},
+};
+use super::{
+    record::{self, Row},
+    statements::retention_micros,
+};
+use crate::{
+    codec::StoredResponse,
+    error::{StoreError, StoreErrorKind},
+    fingerprint::Fingerprint,
+    record::{Begin, Claim, Lease, RecordId, Retention},
+    transactional::{Answer, Boxed, Ended, Found, Opened, Slot, Transaction, Transactions},
+};
+
+/// An extractor of axum's, and of an `Option` of it.
+#[cfg(feature = "axum")]
+macro_rules! extractor {
+    ($transaction:ident) => {
+        impl<S: Send + Sync> axum::extract::FromRequestParts<S> for $transaction {
+            type Rejection = MissingTransaction;
+
+            async fn from_request_parts(
+                parts: &mut axum::http::request::Parts,
+                _: &S,
+            ) -> Result<Self, MissingTransaction> {
+                Self::from_extensions(&parts.extensions)
+            }
+        }
+
+        impl<S: Send + Sync> axum::extract::OptionalFromRequestParts<S> for $transaction {
+            type Rejection = MissingTransaction;
+
+            /// `None` only where the request runs in no transaction.
+            async fn from_request_parts(
+                parts: &mut axum::http::request::Parts,
+                _: &S,
+            ) -> Result<Option<Self>, MissingTransaction> {
+                match Self::from_extensions(&parts.extensions) {
+                    Ok(transaction) => Ok(Some(transaction)),
+                    Err(MissingTransaction(Missing::None)) => Ok(None),
+                    Err(missing) => Err(missing),
+                }
+            }
+        }
+    };
+}
+#[cfg(feature = "axum")]
+use extractor;
+
+/// Where connections come from.
+pub(super) trait Source: Send + Sync + 'static {
+    type Connection: Connection;
+
+    /// Begins, claims, looks, and sets the savepoint.
+    fn begin(
+        &self,
+        claims: Vec<Say>,
+        looks: Vec<Say>,
+    ) -> impl Future<Output = Result<(Self::Connection, Vec<Looked>), Failure>> + Send;
+
+    /// Waits and looks, in a transaction of its own that ends with that.
+    fn wait_and_look(&self, wait: Say, look: Say) -> impl Future<Output = Result<Looked, Failure>> + Send;
+}
+
+/// A connection in a transaction. Dropped, it rolls back.
+pub(super) trait Connection: Send + Sized + 'static {
+    /// One flight; whether each question was answered with a row.
+    fn ask(&mut self, flight: Vec<Say>) -> impl Future<Output = Result<Vec<bool>, Failure>> + Send;
+
+    /// All of this and then commits, or nothing of it.
+    fn commit(self, flight: Vec<Say>) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// Asks this, if anything, and rolls back.
+    fn roll_back(self, check: Option<Say>) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    fn lend(slot: &Slot<Self>, extensions: &mut Extensions);
+}
+
+/// What a look showed.
+#[derive(Debug)]
+pub(super) struct Looked {
+    held: i32,
+    claimed: bool,
+    row: Option<Row>,
+}
+
+/// The transactions of one table, on one pool.
+pub(super) struct TableTransactions<S> {
+    pub(super) source: S,
+    pub(super) table: String,
+    pub(super) statements: Arc<TransactionStatements>,
+    /// How long a claim waits for those who hold no lock, and a look for a transaction to be over.
+    pub(super) lock_timeout: Duration,
+    pub(super) ends: Arc<Ends>,
+}
+
+/// How often a claim that found nothing, and could not be had either, is made again.
+const TRIES: usize = 3;
+
+impl<S: Source> Transactions for TableTransactions<S> {
+    fn begin<'a>(
+        &'a self,
+        id: &'a RecordId,
+        claim: &'a Claim,
+        others: &'a [RecordId],
+    ) -> Boxed<'a, Result<Opened, StoreError>> {
+        Box::pin(async move {
+            for _ in 0..TRIES {
+                if let Some(opened) = self.try_begin(id, claim, others).await? {
+                    return Ok(opened);
+                }
+            }
+            // Records that come and go under this claim's hands.
+            Err(StoreErrorKind::Unavailable.into())
+        })
+    }
+
+    fn was_committed<'a>(&'a self, lease: &'a Lease) -> Boxed<'a, Result<bool, StoreError>> {
+        Box::pin(async move {
+            // The first lock is whatever is free: nobody is kept out by a look.
+            let [_, lock] = locks(&self.table, &lease.id, &Fingerprint::beside(&lease.id));
+            let wait = Say::ask(&self.statements.wait, [Value::from(lock), self.lock_timeout()]);
+            let look = Say::ask(&self.statements.look, look(lease, [lock, lock]));
+            let looked = self.source.wait_and_look(wait, look).await.map_err(StoreError::from)?;
+            Ok(looked.row.is_some_and(|row| is_completed_by(&row, &lease)))
+        })
+    }
+
+    fn over<'a>(&'a self, id: &'a RecordId) -> Boxed<'a, ()> {
+        Box::pin(self.ends.over(*id))
+    }
+}
+
+fn is_completed_by(row: &Row, lease: &Lease) -> bool {
+    row.state == Some(record::COMPLETED) && row.owner.as_deref() == Some(lease.owner.as_bytes())
+}
+
+fn look(lease: &Lease, [first, second]: [i64; 2]) -> Vec<Value> {
+    vec![
+        lease.id.as_bytes().into(),
+        lease.owner.as_bytes().into(),
+        first.into(),
+        second.into(),
+    ]
+}
+
+impl<S: Source> TableTransactions<S> {
+    fn lock_timeout(&self) -> Value {
+        Value::from(format!("{}ms", self.lock_timeout.as_millis().max(1)))
+    }
+
+    /// `None` if it has to be made again.
+    async fn try_begin(
+        &self,
+        id: &RecordId,
+        claim: &Claim,
+        others: &[RecordId],
+    ) -> Result<Option<Opened>, StoreError> {
+        let beside = Fingerprint::beside(id);
+        let records: Vec<_> = [(*id, claim.fingerprint)]
+            .into_iter()
+            .chain(others.iter().map(|other| (*other, beside)))
+            .collect();
+        let (mut claims, mut looks) = (Vec::new(), Vec::new());
+        for (id, fingerprint) in &records {
+            let locks = locks(&self.table, id, fingerprint);
+            let mut values = named(id, claim, fingerprint);
+            values.push(retention_micros(claim.retention).into());
+            values.extend([locks[0].into(), locks[1].into(), self.lock_timeout()]);
+            claims.push(Say::ask(&self.statements.claim, values));
+            looks.push(Say::ask(&self.statements.look, look(&Lease::new(*id, claim.owner, 1), locks)));
+        }
+        let (connection, looked) = self.source.begin(claims, looks).await?;
+        let mut open = Open {
+            slot: Slot::of(connection),
+            lent: false,
+            lease: Lease::new(*id, claim.owner, 1),
+            others: Vec::new(),
+            statements: Arc::clone(&self.statements),
+            waking: Waking::of(&self.ends, *id),
+        };
+        let mut found = Vec::with_capacity(records.len());
+        let mut expired = Vec::new();
+        for ((id, fingerprint), looked) in records.iter().zip(looked) {
+            match looked.found(id, claim)? {
+                Some(Looking::Found(one)) => found.push(one),
+                Some(Looking::Expired) => {
+                    expired.push((id, fingerprint));
+                    found.push(Found::Acquired);
+                }
+                // Somebody without a lock had it and let it go meanwhile.
+                None => return open.give_up().await,
+            }
+        }
+        if matches!(found.first(), Some(Found::Acquired)) && !expired.is_empty() {
+            if !open.claim_expired(&self.statements, claim, expired).await? {
+                return open.give_up().await;
+            }
+        }
+        let mut found = found.into_iter();
+        let own = found.next().unwrap_or(Found::InFlight { same: true });
+        let found: Vec<_> = found.collect();
+        let acquired = others.iter().zip(&found).filter(|(_, found)| matches!(found, Found::Acquired));
+        open.others = acquired.map(|(other, _)| *other).collect();
+        Ok(Some(Opened {
+            own,
+            others: found,
+            transaction: Box::new(open),
+        }))
+    }
+}
+
+fn named(id: &RecordId, claim: &Claim, fingerprint: &Fingerprint) -> Vec<Value> {
+    vec![
+        id.as_bytes().into(),
+        claim.owner.as_bytes().into(),
+        i16::from(fingerprint.algorithm()).into(),
+        fingerprint.digest().into(),
+    ]
+}
+
+enum Looking {
+    Found(Found),
+    /// It counts as vacant, and nobody else has claimed it.
+    Expired,
+}
+
+impl Looked {
+    /// What is committed says more than who is at work. `None` if there is nothing and nobody.
+    fn found(self, id: &RecordId, claim: &Claim) -> Result<Option<Looking>, StoreError> {
+        let in_flight = || match self.held {
+            held::NONE => None,
+            held => Some(Looking::Found(Found::InFlight {
+                same: held == held::SAME,
+            })),
+        };
+        if self.claimed {
+            return Ok(Some(Looking::Found(Found::Acquired)));
+        }
+        let Some(row) = self.row else {
+            return Ok(in_flight());
+        };
+        Ok(match row.found(id, claim.owner)? {
+            record::Found::Expired => Some(in_flight().unwrap_or(Looking::Expired)),
+            record::Found::Other(begin) => Some(Looking::Found(Found::Kept(begin))),
+            // No claim of this owner was ever committed.
+            record::Found::Own | record::Found::Acquired(_) => None,
+        })
+    }
+}
+
+/// An open transaction that has claimed.
+struct Open<C: Connection> {
+    slot: Slot<C>,
+    /// To a handler, which may have ended it.
+    lent: bool,
+    lease: Lease,
+    others: Vec<RecordId>,
+    statements: Arc<TransactionStatements>,
+    waking: Waking,
+}
+
+const KEPT: &str = "the handler kept its transaction beyond its answer: it is rolled back when it is let go";
+const ENDED: &str = "the handler ended its transaction itself: what it wrote may be committed";
+
+impl<C: Connection> Open<C> {
+    async fn give_up<T>(self) -> Result<Option<T>, StoreError> {
+        if let Some(connection) = self.slot.take_back() {
+            connection.roll_back(None).await?;
+        }
+        Ok(None)
+    }
+
+    /// Outside of the savepoint: a claim stays when what the handler wrote is undone.
+    async fn claim_expired(
+        &mut self,
+        statements: &TransactionStatements,
+        claim: &Claim,
+        expired: Vec<(&RecordId, &Fingerprint)>,
+    ) -> Result<bool, StoreError> {
+        let mut flight = vec![Say::Plain(RELEASE)];
+        for (id, fingerprint) in expired {
+            let mut values = named(id, claim, fingerprint);
+            values.extend([Value::from(0_i64), retention_micros(claim.retention).into()]);
+            flight.push(Say::ask(&statements.claim_expired, values));
+        }
+        flight.push(Say::Plain(SAVEPOINT));
+        let Some(mut connection) = self.slot.take_back() else {
+            return Ok(false);
+        };
+        let answered = connection.ask(flight).await?;
+        self.slot = Slot::of(connection);
+        Ok(answered.into_iter().all(|answered| answered))
+    }
+
+    fn completion(&self, answer: &Answer) -> Vec<Say> {
+        let Answer {
+            response, retention, ..
+        } = answer;
+        let owner = || Value::from(self.lease.owner.as_bytes());
+        let kept = |response: &StoredResponse, retention: Retention| {
+            (Value::Bytes(response.as_bytes().clone()), retention_micros(retention))
+        };
+        let (bytes, micros) = kept(response, *retention);
+        let checksum = record::checksum(&self.lease.id, response.as_bytes());
+        let own = [self.lease.id.as_bytes().into(), owner(), bytes, checksum.into(), micros.into()];
+        let mut flight = vec![Say::ask(&self.statements.complete, own)];
+        if !self.others.is_empty() {
+            // The fact alone; the answer is with the operation.
+            let (bytes, micros) = kept(&StoredResponse::not_kept(response.status()), *retention);
+            let fact = StoredResponse::not_kept(response.status());
+            let sums = self.others.iter().map(|id| record::checksum(id, fact.as_bytes())).collect();
+            let ids = self.others.iter().map(|id| id.as_bytes().to_vec()).collect();
+            let others = [Value::BytesList(ids), owner(), bytes, Value::IntList(sums), micros.into()];
+            flight.push(Say::ask(&self.statements.complete_others, others));
+        }
+        flight
+    }
+}
+
+impl<C: Connection> Transaction for Open<C> {
+    fn lend(&mut self, extensions: &mut Extensions) {
+        self.lent = true;
+        C::lend(&self.slot, extensions);
+    }
+
+    fn commit(mut self: Box<Self>, answer: Answer) -> Boxed<'static, Ended> {
+        Box::pin(async move {
+            let Some(connection) = self.slot.take_back() else {
+                return Ended::Misused(KEPT);
+            };
+            let mut flight = self.completion(&answer);
+            if !answer.with_writes {
+                flight.insert(0, Say::Plain(UNDO));
+            }
+            match connection.commit(flight).await {
+                Ok(()) => {
+                    self.waking.committed();
+                    Ended::AsAsked
+                }
+                Err(failure) => failure.into_end(),
+            }
+        })
+    }
+
+    fn roll_back(self: Box<Self>) -> Boxed<'static, Ended> {
+        Box::pin(async move {
+            let Some(connection) = self.slot.take_back() else {
+                return Ended::Misused(KEPT);
+            };
+            let (id, owner) = (self.lease.id.as_bytes(), self.lease.owner.as_bytes());
+            let check = Say::ask(&self.statements.check, [Value::from(id), owner.into()]);
+            match connection.roll_back(self.lent.then_some(check)).await {
+                Ok(()) => Ended::AsAsked,
+                Err(failure) => failure.into_end(),
+            }
+        })
+    }
+}
+
+impl Failure {
+    /// A transaction that fails is undone, unless the connection was lost with it.
+    fn into_end(self) -> Ended {
+        let Self { code, fatal, error } = self;
+        match code.as_deref() {
+            None => Ended::Unknown(error),
+            // Of the connection, perhaps after the commit.
+            Some(_) if fatal => Ended::Unknown(error),
+            // No row, no transaction, no such savepoint.
+            Some("22012" | "25P01" | "3B001") => Ended::Misused(ENDED),
+            Some(_) => match error.kind() {
+                StoreErrorKind::Unavailable | StoreErrorKind::Full => Ended::RolledBack(error),
+                _ => Ended::Failed(error),
+            },
+        }
+    }
+}
