@@ -36,6 +36,8 @@ mod statuses;
 mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
+#[cfg(feature = "postgres")]
+mod transactional;
 mod wait;
 
 #[cfg(feature = "file")]
@@ -60,6 +62,14 @@ pub use self::{
     service::Idempotency,
     statuses::Statuses,
     store::{AnyStore, MemoryStore, MemoryStoreBuilder, Store},
+};
+
+#[cfg(feature = "sqlx")]
+pub use self::store::SqlxTransaction;
+#[cfg(feature = "postgres")]
+pub use self::{
+    store::{PostgresStore, PostgresTable, PostgresTransaction},
+    transactional::MissingTransaction,
 };
 
 #[cfg(feature = "redis")]

@@ -4,6 +4,8 @@ mod any;
 #[cfg(feature = "file")]
 mod file;
 mod memory;
+#[cfg(feature = "postgres")]
+mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
 
@@ -14,6 +16,10 @@ pub(crate) use self::any::{Call, DynStore};
 pub use self::file::{Clock, MachineStart, Medium};
 #[cfg(feature = "file")]
 pub use self::file::{FileRecord, FileRecordState, FileStore, FileStoreBuilder, FileStoreError, FileStoreErrorKind};
+#[cfg(feature = "sqlx")]
+pub use self::postgres::SqlxTransaction;
+#[cfg(feature = "postgres")]
+pub use self::postgres::{PostgresStore, PostgresTable, PostgresTransaction};
 #[cfg(feature = "redis")]
 pub use self::redis::{RedisStore, RedisStoreBuilder};
 pub use self::{

@@ -19,7 +19,7 @@ use crate::{
     guard::Outcome,
     identity::Identity,
     random,
-    record::{Begin, Lease, RecordId},
+    record::{Begin, Claim, Lease, RecordId},
     rejection::{Rejection, RejectionKind},
     shared::Shared,
     store::Call,
@@ -40,8 +40,14 @@ where
 {
     async move {
         loop {
-            let found = match begin(&exchange, &*transactions).await {
-                Ok(opened) => match exchange.claimed(opened).await {
+            let Exchange {
+                shared,
+                identity,
+                claim,
+                ..
+            } = &exchange;
+            let found = match begin(shared, identity, claim, &*transactions).await {
+                Ok(opened) => match claimed(shared, identity, claim, opened).await {
                     Claimed::All(transaction) => {
                         return Box::pin(exchange.run_in(transaction, transactions)).await;
                     }
@@ -66,13 +72,12 @@ where
 
 // ---- begin and claim
 
-async fn begin<S>(exchange: &Exchange<S>, transactions: &dyn Transactions) -> Result<Opened, StoreError> {
-    let Exchange {
-        shared,
-        identity,
-        claim,
-        ..
-    } = exchange;
+async fn begin(
+    shared: &Shared,
+    identity: &Identity,
+    claim: &Claim,
+    transactions: &dyn Transactions,
+) -> Result<Opened, StoreError> {
     let begin = || shared.call(Call::Pending(transactions.begin(&identity.id, claim, &identity.others)));
     match begin().await {
         // A connection that had broken unseen, perhaps. What was begun on it is rolled back.
@@ -89,34 +94,31 @@ enum Claimed {
     Refused(Rejection),
 }
 
-impl<S> Exchange<S> {
-    /// All of it was claimed, or the transaction is over and its connection given back.
-    async fn claimed(&self, opened: Opened) -> Claimed {
-        let Opened {
-            own,
-            others,
-            transaction,
-        } = opened;
-        let refuse = |kind| Claimed::Refused(Rejection::new(kind));
-        let claimed = match own {
-            Found::Acquired => {
-                let beside = Fingerprint::beside(&self.identity.id);
-                match others.into_iter().find_map(|other| not_to_be_had(other, &beside)) {
-                    None => return Claimed::All(transaction),
-                    Some(rejection) => Claimed::Refused(rejection),
-                }
+/// All of it was claimed, or the transaction is over and its connection given back.
+async fn claimed(shared: &Shared, identity: &Identity, claim: &Claim, opened: Opened) -> Claimed {
+    let Opened {
+        own,
+        others,
+        transaction,
+    } = opened;
+    let claimed = match own {
+        Found::Acquired => {
+            let beside = Fingerprint::beside(&identity.id);
+            match others.into_iter().find_map(|other| not_to_be_had(other, &beside)) {
+                None => return Claimed::All(transaction),
+                Some(rejection) => Claimed::Refused(rejection),
             }
-            Found::InFlight { same: false } => refuse(RejectionKind::KeyReused),
-            // As if its record could be seen already.
-            Found::InFlight { same: true } => Claimed::Found(Begin::InProgress {
-                fingerprint: self.claim.fingerprint,
-                remaining: LOOK_AGAIN + Duration::from_millis(random::below(LOOK_AGAIN.as_millis() as u64)),
-            }),
-            Found::Kept(begin) => Claimed::Found(begin),
-        };
-        let _ = end(&self.shared, transaction, None).await;
-        claimed
-    }
+        }
+        Found::InFlight { same: false } => Claimed::Refused(Rejection::new(RejectionKind::KeyReused)),
+        // As if its record could be seen already.
+        Found::InFlight { same: true } => Claimed::Found(Begin::InProgress {
+            fingerprint: claim.fingerprint,
+            remaining: LOOK_AGAIN + Duration::from_millis(random::below(LOOK_AGAIN.as_millis() as u64)),
+        }),
+        Found::Kept(begin) => Claimed::Found(begin),
+    };
+    let _ = end(shared, transaction, None).await;
+    claimed
 }
 
 /// Why a key beside the operation's own cannot be claimed; see [`claims`](crate::claims).

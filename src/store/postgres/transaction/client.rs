@@ -12,12 +12,12 @@ use deadpool_postgres::{Client, Object, Pool};
 use http::Extensions;
 use tokio_postgres::{
     Error, Row,
-    types::{ToSql, Type},
+    types::ToSql,
 };
 
 use super::{
     Connection, Looked, Source,
-    say::{Failure, Say, Value},
+    say::{Failure, Say},
     statements::SAVEPOINT,
 };
 use crate::{
@@ -35,7 +35,7 @@ pub(in super::super) struct ClientSource {
 
 /// A connection in a transaction. It goes back to its pool only when the transaction is known to be over; dropped
 /// before, it is closed, and the server rolls back.
-pub(super) struct Open {
+pub(in super::super) struct Open {
     client: Option<Object>,
     prepared: bool,
 }
@@ -135,8 +135,10 @@ impl Open {
                     calls.push(Box::pin(async move { client.query_opt(&statement, &values).await }));
                 }
                 Say::Ask(sql, values) => {
-                    let typed = |value: &Value| value.kind();
-                    let values: Vec<_> = values.iter().map(|value| (value as &(dyn ToSql + Sync), typed(value)));
+                    let values: Vec<_> = values
+                        .iter()
+                        .map(|value| (value as &(dyn ToSql + Sync), value.kind()))
+                        .collect();
                     calls.push(Box::pin(async move { client.query_typed_opt(sql, &values).await }));
                 }
             }
@@ -194,7 +196,7 @@ impl Looked {
     }
 }
 
-fn no_row() -> Failure {
+pub(super) fn no_row() -> Failure {
     StoreError::new(StoreErrorKind::Other).into()
 }
 

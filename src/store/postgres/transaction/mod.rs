@@ -11,27 +11,28 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use http::Extensions;
 
-pub(super) use self::{client::ClientSource, ends::Ends, say::Failure, statements::TransactionStatements};
+pub(super) use self::{client::ClientSource, say::Failure};
 pub use self::client::PostgresTransaction;
 #[cfg(feature = "sqlx")]
 pub use self::sqlx::SqlxTransaction;
 #[cfg(feature = "sqlx")]
 pub(super) use self::sqlx::SqlxSource;
 use self::{
-    ends::Waking,
+    ends::{Ends, Waking},
     say::{Say, Value},
-    statements::{RELEASE, SAVEPOINT, UNDO, held, locks},
+    statements::{RELEASE, SAVEPOINT, TransactionStatements, UNDO, held, locks},
 };
 use super::{
+    PostgresTable,
     record::{self, Row},
-    statements::retention_micros,
+    statements::{Statements, retention_micros},
 };
 use crate::{
     codec::StoredResponse,
     error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
-    record::{Begin, Claim, Lease, RecordId, Retention},
-    transactional::{Answer, Boxed, Ended, Found, Opened, Slot, Transaction, Transactions},
+    record::{Claim, Lease, RecordId, Retention},
+    transactional::{Answer, Boxed, Ended, Found, Missing, MissingTransaction, Opened, Slot, Transaction, Transactions},
 };
 
 /// An extractor of axum's, and of an `Option` of it.
@@ -107,13 +108,30 @@ pub(super) struct Looked {
 }
 
 /// The transactions of one table, on one pool.
-pub(super) struct TableTransactions<S> {
-    pub(super) source: S,
-    pub(super) table: String,
-    pub(super) statements: Arc<TransactionStatements>,
-    /// How long a claim waits for those who hold no lock, and a look for a transaction to be over.
-    pub(super) lock_timeout: Duration,
-    pub(super) ends: Arc<Ends>,
+struct TableTransactions<S> {
+    source: S,
+    /// In a statement.
+    table: String,
+    statements: Arc<TransactionStatements>,
+    lock_timeout: Duration,
+    ends: Arc<Ends>,
+}
+
+/// Transactions of this table. A claim waits `lock_timeout` for those who hold none of its locks, such as a migration,
+/// and so does a look for a transaction to be over.
+pub(super) fn transactions(
+    source: impl Source,
+    table: &PostgresTable,
+    statements: &Statements,
+    lock_timeout: Duration,
+) -> Arc<dyn Transactions> {
+    Arc::new(TableTransactions {
+        source,
+        table: table.quoted(),
+        statements: Arc::new(TransactionStatements::new(table, statements)),
+        lock_timeout,
+        ends: Arc::default(),
+    })
 }
 
 /// How often a claim that found nothing, and could not be had either, is made again.

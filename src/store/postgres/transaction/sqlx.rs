@@ -10,12 +10,9 @@ use std::{
 
 use http::Extensions;
 use sqlx::{
-    Error, PgConnection, PgPool, Postgres, Row,
-    error::DatabaseError,
+    Error, Executor, PgPool, Postgres, Row,
     postgres::{PgDatabaseError, PgRow, PgSeverity},
-    raw_sql,
 };
-use tokio_postgres::error::SqlState;
 
 use super::{
     Connection, Looked, Source,
@@ -44,14 +41,14 @@ impl Source for SqlxSource {
     async fn begin(&self, claims: Vec<Say>, looks: Vec<Say>) -> Result<(Open, Vec<Looked>), Failure> {
         let mut open = self.pool.begin().await?;
         let flight = claims.into_iter().chain(looks).chain([Say::Plain(SAVEPOINT)]);
-        let rows = raw_sql(&text(flight)).fetch_all(&mut *open).await?;
+        let rows = open.fetch_all(&*text(flight)).await?;
         let looked = rows.iter().map(Looked::read_sqlx).collect::<Result<_, _>>()?;
         Ok((open, looked))
     }
 
     async fn wait_and_look(&self, wait: Say, look: Say) -> Result<Looked, Failure> {
         let mut open = self.pool.begin().await?;
-        let rows = raw_sql(&text([wait, look])).fetch_all(&mut *open).await?;
+        let rows = open.fetch_all(&*text([wait, look])).await?;
         open.rollback().await?;
         Ok(Looked::read_sqlx(rows.get(1).ok_or_else(no_row)?)?)
     }
@@ -60,7 +57,7 @@ impl Source for SqlxSource {
 impl Connection for Open {
     async fn ask(&mut self, flight: Vec<Say>) -> Result<Vec<bool>, Failure> {
         let asked = flight.iter().filter(|say| matches!(say, Say::Ask(..))).count();
-        let rows = raw_sql(&text(flight)).fetch_all(&mut **self).await?;
+        let rows = (**self).fetch_all(&*text(flight)).await?;
         // One row at most for each; whose is missing is of no interest.
         Ok(vec![rows.len() == asked; asked])
     }
@@ -69,13 +66,13 @@ impl Connection for Open {
         // sqlx ends a transaction with a statement of its own, which would be one more flight. So the next one begins at
         // once, empty, and that is what it rolls back when the connection returns to its pool.
         flight.push(Say::Plain("COMMIT AND CHAIN"));
-        raw_sql(&text(flight)).execute(&mut *self).await?;
+        (*self).execute(&*text(flight)).await?;
         Ok(())
     }
 
     async fn roll_back(mut self, check: Option<Say>) -> Result<(), Failure> {
         let checked = match check {
-            Some(check) => raw_sql(&text([check])).execute(&mut *self).await.map(drop),
+            Some(check) => (*self).execute(&*text([check])).await.map(drop),
             None => Ok(()),
         };
         let rolled_back = self.rollback().await;
@@ -172,7 +169,7 @@ impl From<Error> for Failure {
         let code = server.map(|server| server.code().to_owned());
         let fatal = server.is_some_and(|server| server.severity() != PgSeverity::Error);
         let kind = match (&code, &error) {
-            (Some(code), _) => failure::kind_of(&SqlState::from_code(code)),
+            (Some(code), _) => failure::kind_of(code),
             // Settings, and answers that are none.
             (None, Error::Configuration(_) | Error::PoolClosed | Error::ColumnDecode { .. }) => StoreErrorKind::Other,
             (None, _) => StoreErrorKind::Unavailable,
@@ -248,7 +245,7 @@ impl SqlxTransaction {
     /// If the request runs in no transaction, somebody else has it, or it is over.
     pub fn from_extensions(extensions: &Extensions) -> Result<Self, MissingTransaction> {
         match extensions.get::<SqlxSlot>() {
-            Some(slot) => slot.0.lend(Some).map(Self),
+            Some(slot) => slot.0.lend(|open| Some(open)).map(Self),
             None if client::is_in(extensions) => Err(MissingTransaction(Missing::Other("PostgresTransaction"))),
             None => Err(MissingTransaction(Missing::None)),
         }

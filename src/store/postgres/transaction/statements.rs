@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 
 use super::super::{
     PostgresTable,
-    statements::{FOREVER, after},
+    statements::{FOREVER, RECORD, Statements, after},
 };
 use crate::{fingerprint::Fingerprint, record::RecordId};
 
@@ -39,6 +39,8 @@ pub(crate) struct TransactionStatements {
     pub(super) complete_others: Arc<str>,
     /// `$1` id, `$2` owner. Fails as the completion does.
     pub(super) check: Arc<str>,
+    /// As for a plain claim.
+    pub(super) claim_expired: Arc<str>,
     /// `$1` the second lock, `$2` how long to wait. Waits until the transaction that holds it is over.
     pub(super) wait: Arc<str>,
 }
@@ -51,7 +53,8 @@ pub(super) mod held {
 }
 
 impl TransactionStatements {
-    pub(super) fn new(table: &PostgresTable, record: &str) -> Self {
+    pub(in super::super) fn new(table: &PostgresTable, statements: &Statements) -> Self {
+        let record = RECORD;
         let table = table.quoted();
         let held = |first: &str, second: &str| {
             format!(
@@ -77,26 +80,31 @@ impl TransactionStatements {
                  INSERT INTO {table} (id, owner, fence, state, algorithm, fingerprint, lease_until, expires_at, \
                  purge_at, retention) SELECT $1::bytea, $2::bytea, 1, 'p', $3::smallint, $4::bytea, clock_timestamp(), \
                  {expires_at}, {expires_at}, $5::bigint FROM asked WHERE held = 0 ON CONFLICT DO NOTHING"
-            ),
+            )
+            .into(),
             look: format!(
                 "SELECT set_config('lock_timeout', current_setting('tower_idempotency.lock_timeout'), true), \
                  CASE WHEN found.fence IS NOT NULL AND NOT found.expired THEN 0 ELSE {look_lock} END AS held, found.* \
                  FROM (SELECT) AS one LEFT JOIN (SELECT {ours} AS claimed, {record} FROM {table} \
                  WHERE id = $1::bytea) AS found ON true"
-            ),
+            )
+            .into(),
             complete: format!(
                 "WITH done AS (UPDATE {table} SET {completed}, checksum = $4::integer \
                  WHERE id = $1::bytea AND {ours} RETURNING 1) SELECT 1 / count(*) AS done FROM done"
-            ),
+            )
+            .into(),
             complete_others: format!(
                 "WITH done AS (UPDATE {table} SET {completed}, checksum = other.checksum \
                  FROM unnest($1::bytea[], $4::integer[]) AS other (other_id, checksum) \
                  WHERE id = other_id AND {ours} RETURNING 1) \
                  SELECT 1 / (count(*) = cardinality($1::bytea[]))::integer AS done FROM done"
-            ),
-            check: format!("SELECT 1 / count(*) AS done FROM {table} WHERE id = $1::bytea AND {ours}"),
+            )
+            .into(),
+            check: format!("SELECT 1 / count(*) AS done FROM {table} WHERE id = $1::bytea AND {ours}").into(),
+            claim_expired: statements.claim_expired.as_str().into(),
             wait: "SELECT set_config('lock_timeout', $2::text, true), pg_advisory_xact_lock($1::bigint)::text AS over"
-                .to_owned(),
+                .into(),
         }
     }
 }
