@@ -1,33 +1,25 @@
-//! What durable stores cost beside the floor of their medium: cycles (claim and completion, 1 KiB answers) of 1, 16, 64
-//! and 256 writers, replays, the size of a record, the purge, and the opening of a full file.
-//!
-//! `cargo bench --bench stores --features testing`. Options, behind `--`:
-//! `--only NAME` one contestant, `--seconds N` for each figure [2], `--records N` in the full file [100000], `--dir
-//! PATH` the disk to measure [the temporary directory].
-//!
-//! The floor is what no store on the medium can beat with one writer: two syncs for each cycle. It is measured in the
-//! same run, before and after; figures of different runs say little about each other.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+//! Stores in a file, on a real disk and on one whose sync takes a certain time.
 
 use std::{
     fs::{File, OpenOptions},
     future::Future,
     io::{self, Write},
     os::unix::fs::FileExt,
-    path::{Path, PathBuf},
+    path::Path,
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
     thread,
     time::{Duration, Instant},
 };
 
-use cpu_time::ProcessTime;
-use sha2::{Digest, Sha256};
-use tower_idempotency::{
-    AnyStore, Begin, Claim, FileStore, Fingerprint, Owner, RecordId, Retention, Store, StoredResponse, testing::Medium,
+use tower_idempotency::{AnyStore, FileStore, testing::Medium};
+
+use crate::{
+    Options,
+    work::{NEXT, cycle, cycles, id, replay, replays},
 };
 
 type Opening = Pin<Box<dyn Future<Output = AnyStore>>>;
@@ -154,59 +146,22 @@ impl Medium for Disk {
     }
 }
 
-struct Options {
-    only: Option<String>,
-    time: Duration,
-    records: u64,
-    directory: PathBuf,
-}
-
-impl Options {
-    fn from_env() -> Self {
-        use lexopt::prelude::*;
-        let mut options = Self {
-            only: None,
-            time: Duration::from_secs(2),
-            records: 100_000,
-            directory: std::env::temp_dir(),
-        };
-        let mut parser = lexopt::Parser::from_env();
-        while let Some(option) = parser.next().unwrap() {
-            match option {
-                Long("only") => options.only = Some(parser.value().unwrap().string().unwrap()),
-                Long("seconds") => options.time = Duration::from_secs_f64(parser.value().unwrap().parse().unwrap()),
-                Long("records") => options.records = parser.value().unwrap().parse().unwrap(),
-                Long("dir") => options.directory = parser.value().unwrap().into(),
-                // What cargo passes to every benchmark.
-                Long("bench") => {}
-                other => panic!("{}", other.unexpected()),
-            }
-        }
-        options
-    }
-}
-
-fn main() {
-    let options = Options::from_env();
-    let runtime = tokio::runtime::Runtime::new().unwrap();
+pub async fn measure(options: &Options) {
     for contestant in contestants() {
-        if options
-            .only
-            .as_ref()
-            .is_some_and(|only| !contestant.name.contains(&**only))
-        {
-            continue;
+        if options.wants(contestant.name) {
+            let directory = tempfile::tempdir_in(&options.directory).unwrap();
+            println!("\n== {}", contestant.name);
+            beside_its_floor(&contestant, options, directory.path()).await;
         }
-        let directory = tempfile::tempdir_in(&options.directory).unwrap();
-        println!("\n== {}", contestant.name);
-        runtime.block_on(measure(&contestant, &options, directory.path()));
     }
-    let directory = tempfile::tempdir_in(&options.directory).unwrap();
-    println!("\n== a file with {} records", options.records);
-    runtime.block_on(full_file(&options, directory.path()));
+    if options.wants("file") {
+        let directory = tempfile::tempdir_in(&options.directory).unwrap();
+        println!("\n== a file with {} records", options.records);
+        full_file(options, directory.path()).await;
+    }
 }
 
-async fn measure(contestant: &Contestant, options: &Options, directory: &Path) {
+async fn beside_its_floor(contestant: &Contestant, options: &Options, directory: &Path) {
     let floor = |label| {
         let cycle = contestant.floor.as_ref().map(|floor| {
             let mut cycle = floor(directory);
@@ -239,107 +194,6 @@ async fn measure(contestant: &Contestant, options: &Options, directory: &Path) {
     floor("after");
     let store = (contestant.open)(directory).await;
     replays(&store, options.time / 2).await;
-}
-
-struct Figures {
-    per_second: f64,
-    cpu: Duration,
-    p50: Duration,
-    p99: Duration,
-}
-
-static NEXT: AtomicU64 = AtomicU64::new(0);
-
-fn id(number: u64) -> RecordId {
-    RecordId::from_bytes(Sha256::digest(number.to_le_bytes()).into())
-}
-
-fn claim() -> Claim {
-    let day = Retention::For(Duration::from_secs(24 * 3600));
-    Claim::new(
-        Fingerprint::new(1, [7; 32]),
-        Owner::random().unwrap(),
-        Duration::from_secs(60),
-        day,
-    )
-}
-
-/// 1 KiB of body and a header, as bytes: version 1 of a stored answer.
-fn answer() -> StoredResponse {
-    let mut bytes = vec![1, 0, 201, 0];
-    bytes.extend(34u32.to_le_bytes());
-    bytes.extend(0u32.to_le_bytes());
-    bytes.extend(1024u64.to_le_bytes());
-    bytes.extend(12u16.to_le_bytes());
-    bytes.extend(16u32.to_le_bytes());
-    bytes.extend(b"content-typeapplication/json");
-    bytes.extend([b'o'; 1024]);
-    StoredResponse::from_bytes(bytes.into()).unwrap()
-}
-
-async fn cycle(store: &impl Store, retention: Duration) -> RecordId {
-    let id = id(NEXT.fetch_add(1, Relaxed));
-    let Begin::Acquired(lease) = store.begin(&id, &claim()).await.unwrap() else {
-        panic!("a new id is vacant");
-    };
-    let response = answer();
-    store
-        .complete(&lease, &response, Retention::For(retention))
-        .await
-        .unwrap();
-    id
-}
-
-async fn cycles(store: &AnyStore, writers: usize, time: Duration) -> Figures {
-    let stop = Arc::new(AtomicBool::new(false));
-    let run = || {
-        let (store, stop) = (store.clone(), Arc::clone(&stop));
-        tokio::spawn(async move {
-            let mut took = Vec::new();
-            while !stop.load(Relaxed) {
-                let start = Instant::now();
-                cycle(&store, Duration::from_secs(24 * 3600)).await;
-                took.push(start.elapsed());
-            }
-            took
-        })
-    };
-    let (start, cpu) = (Instant::now(), ProcessTime::now());
-    let tasks: Vec<_> = (0..writers).map(|_| run()).collect();
-    tokio::time::sleep(time).await;
-    stop.store(true, Relaxed);
-    let mut took = Vec::new();
-    for task in tasks {
-        took.extend(task.await.unwrap());
-    }
-    let (elapsed, cpu) = (start.elapsed(), cpu.elapsed());
-    took.sort();
-    Figures {
-        per_second: took.len() as f64 / elapsed.as_secs_f64(),
-        cpu: cpu / took.len() as u32,
-        p50: took[took.len() / 2],
-        p99: took[took.len() * 99 / 100],
-    }
-}
-
-async fn replay(store: &impl Store, id: &RecordId) {
-    let found = store.begin(id, &claim()).await.unwrap();
-    assert!(matches!(found, Begin::Completed { .. }), "{found:?}");
-}
-
-async fn replays(store: &AnyStore, time: Duration) {
-    let id = cycle(store, Duration::from_secs(3600)).await;
-    let mut took = Vec::new();
-    let start = Instant::now();
-    while start.elapsed() < time {
-        let start = Instant::now();
-        for _ in 0..100 {
-            replay(store, &id).await;
-        }
-        took.push(start.elapsed() / 100);
-    }
-    took.sort();
-    println!("replay, hot: {:.2?} (median)", took[took.len() / 2]);
 }
 
 async fn full_file(options: &Options, directory: &Path) {
