@@ -124,7 +124,11 @@ impl<S> Exchange<S> {
 }
 
 #[allow(clippy::manual_async_fn, reason = "an async fn holds its arguments twice")]
-pub(crate) fn call<S, B, R>(mut service: S, request: Request<B>, policy: &Policy) -> impl Future<Output = Ran<R, S::Error>>
+pub(crate) fn call<S, B, R>(
+    mut service: S,
+    request: Request<B>,
+    policy: &Policy,
+) -> impl Future<Output = Ran<R, S::Error>>
 where
     S: Service<Request<B>, Response = Response<R>>,
     R: Body,

@@ -210,9 +210,6 @@ mod tests {
         let slugs: HashSet<_> = RejectionKind::ALL.iter().map(|kind| kind.slug()).collect();
         assert_eq!(slugs.len(), RejectionKind::ALL.len());
         // The last of the enum's kinds; a new one has to be listed, too.
-        assert_eq!(
-            RejectionKind::TransactionMisused as usize + 1,
-            RejectionKind::ALL.len()
-        );
+        assert_eq!(RejectionKind::TransactionMisused as usize + 1, RejectionKind::ALL.len());
     }
 }

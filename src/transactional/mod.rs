@@ -29,8 +29,12 @@ pub(crate) type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 pub(crate) trait Transactions: Send + Sync {
     /// Begins a transaction and claims in it, without waiting for anybody: the operation's own record, then each of the
     /// others for it. Dropped, it leaves nothing behind.
-    fn begin<'a>(&'a self, id: &'a RecordId, claim: &'a Claim, others: &'a [RecordId])
-    -> Boxed<'a, Result<Opened, StoreError>>;
+    fn begin<'a>(
+        &'a self,
+        id: &'a RecordId,
+        claim: &'a Claim,
+        others: &'a [RecordId],
+    ) -> Boxed<'a, Result<Opened, StoreError>>;
 
     /// Whether the transaction of this attempt was committed; only once it is over, on whatever connection it ran.
     fn was_committed<'a>(&'a self, lease: &'a Lease) -> Boxed<'a, Result<bool, StoreError>>;

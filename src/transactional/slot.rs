@@ -39,7 +39,10 @@ impl<T> Slot<T> {
     }
 
     /// For the handler: what `part` finds in the transaction.
-    pub(crate) fn lend<U>(&self, part: impl FnOnce(&mut T) -> Option<&mut U>) -> Result<Lent<T, U>, MissingTransaction> {
+    pub(crate) fn lend<U>(
+        &self,
+        part: impl FnOnce(&mut T) -> Option<&mut U>,
+    ) -> Result<Lent<T, U>, MissingTransaction> {
         let Ok(guard) = Arc::clone(&self.transaction).try_lock_owned() else {
             return Err(MissingTransaction(Missing::Taken));
         };

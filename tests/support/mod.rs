@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod app;
+#[cfg(feature = "sqlx")]
+pub mod bank;
 pub mod browser;
 pub mod demo;
 pub mod dice;

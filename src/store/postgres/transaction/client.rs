@@ -5,15 +5,13 @@ use std::{
     future::{Future, poll_fn},
     ops::Deref,
     pin::Pin,
+    sync::Arc,
     task::Poll,
 };
 
 use deadpool_postgres::{Client, Object, Pool};
 use http::Extensions;
-use tokio_postgres::{
-    Error, Row,
-    types::ToSql,
-};
+use tokio_postgres::{Error, Row, types::ToSql};
 
 use super::{
     Connection, Looked, Source,
@@ -51,8 +49,17 @@ impl Drop for Open {
 impl Source for ClientSource {
     type Connection = Open;
 
-    async fn begin(&self, claims: Vec<Say>, looks: Vec<Say>) -> Result<(Open, Vec<Looked>), Failure> {
+    async fn begin(
+        &self,
+        claims: Vec<Say>,
+        looks: Vec<Say>,
+        later: &[&Arc<str>],
+    ) -> Result<(Open, Vec<Looked>), Failure> {
         let open = self.open().await?;
+        // Before the transaction: in one that has failed nothing can be prepared any more.
+        for sql in later {
+            open.prepare(sql).await?;
+        }
         let flight: Vec<_> = [Say::Plain("BEGIN")]
             .into_iter()
             .chain(claims)
@@ -108,23 +115,39 @@ impl Connection for Open {
 
 impl Open {
     async fn end(self, flight: Vec<Say>) -> Result<(), Failure> {
-        let ended = self.say(&flight).await;
-        // Whatever failed before, the last statement was answered: there is no transaction any more.
-        if ended.as_ref().err().is_none_or(|failure| failure.code.is_some() && !failure.fatal) {
+        let answers = self.answers(&flight).await?;
+        // Whatever failed before: when the last statement was answered there is no transaction any more.
+        if matches!(answers.last(), Some(Ok(_))) {
             self.give_back();
         }
-        ended.map(drop)
+        first_failure(answers).map(drop)
     }
 
     fn give_back(mut self) {
         drop(self.client.take());
     }
 
+    fn client(&self) -> Result<&Object, Failure> {
+        self.client
+            .as_ref()
+            .ok_or_else(|| StoreError::new(StoreErrorKind::Unavailable).into())
+    }
+
+    async fn prepare(&self, sql: &str) -> Result<(), Failure> {
+        if self.prepared {
+            self.client()?.prepare_cached(sql).await?;
+        }
+        Ok(())
+    }
+
     /// Sends all of it, then awaits all the answers: the rows, or the first failure.
     async fn say(&self, flight: &[Say]) -> Result<Vec<Option<Row>>, Failure> {
-        let Some(client) = &self.client else {
-            return Err(StoreError::new(StoreErrorKind::Unavailable).into());
-        };
+        first_failure(self.answers(flight).await?)
+    }
+
+    /// Fails only before anything was sent.
+    async fn answers(&self, flight: &[Say]) -> Result<Vec<Answer>, Failure> {
+        let client = self.client()?;
         let mut calls: Vec<Answering<'_>> = Vec::with_capacity(flight.len());
         for say in flight {
             match say {
@@ -143,14 +166,19 @@ impl Open {
                 }
             }
         }
-        Ok(in_one_flight(calls).await?)
+        Ok(in_one_flight(calls).await)
     }
 }
 
-type Answering<'a> = Pin<Box<dyn Future<Output = Result<Option<Row>, Error>> + Send + 'a>>;
+type Answer = Result<Option<Row>, Error>;
+type Answering<'a> = Pin<Box<dyn Future<Output = Answer> + Send + 'a>>;
+
+fn first_failure(answers: Vec<Answer>) -> Result<Vec<Option<Row>>, Failure> {
+    Ok(answers.into_iter().collect::<Result<_, _>>()?)
+}
 
 /// Each call is sent when it is first polled: in this order, and before any answer is awaited.
-async fn in_one_flight(mut calls: Vec<Answering<'_>>) -> Result<Vec<Option<Row>>, Error> {
+async fn in_one_flight(mut calls: Vec<Answering<'_>>) -> Vec<Answer> {
     let mut answers: Vec<_> = calls.iter().map(|_| None).collect();
     poll_fn(|cx| {
         let mut all = true;

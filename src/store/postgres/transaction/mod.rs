@@ -11,12 +11,12 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use http::Extensions;
 
-pub(super) use self::{client::ClientSource, say::Failure};
 pub use self::client::PostgresTransaction;
 #[cfg(feature = "sqlx")]
-pub use self::sqlx::SqlxTransaction;
-#[cfg(feature = "sqlx")]
 pub(super) use self::sqlx::SqlxSource;
+#[cfg(feature = "sqlx")]
+pub use self::sqlx::SqlxTransaction;
+pub(super) use self::{client::ClientSource, say::Failure};
 use self::{
     ends::{Ends, Waking},
     say::{Say, Value},
@@ -27,12 +27,14 @@ use super::{
     record::{self, Row},
     statements::{Statements, retention_micros},
 };
+#[cfg(feature = "axum")]
+use crate::transactional::{Missing, MissingTransaction};
 use crate::{
     codec::StoredResponse,
     error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
     record::{Claim, Lease, RecordId, Retention},
-    transactional::{Answer, Boxed, Ended, Found, Missing, MissingTransaction, Opened, Slot, Transaction, Transactions},
+    transactional::{Answer, Boxed, Ended, Found, Opened, Slot, Transaction, Transactions},
 };
 
 /// An extractor of axum's, and of an `Option` of it.
@@ -74,11 +76,12 @@ use extractor;
 pub(super) trait Source: Send + Sync + 'static {
     type Connection: Connection;
 
-    /// Begins, claims, looks, and sets the savepoint.
+    /// Begins, claims, looks, and sets the savepoint. What is said `later` may be prepared.
     fn begin(
         &self,
         claims: Vec<Say>,
         looks: Vec<Say>,
+        later: &[&Arc<str>],
     ) -> impl Future<Output = Result<(Self::Connection, Vec<Looked>), Failure>> + Send;
 
     /// Waits and looks, in a transaction of its own that ends with that.
@@ -190,12 +193,7 @@ impl<S: Source> TableTransactions<S> {
     }
 
     /// `None` if it has to be made again.
-    async fn try_begin(
-        &self,
-        id: &RecordId,
-        claim: &Claim,
-        others: &[RecordId],
-    ) -> Result<Option<Opened>, StoreError> {
+    async fn try_begin(&self, id: &RecordId, claim: &Claim, others: &[RecordId]) -> Result<Option<Opened>, StoreError> {
         let beside = Fingerprint::beside(id);
         let records: Vec<_> = [(*id, claim.fingerprint)]
             .into_iter()
@@ -208,9 +206,16 @@ impl<S: Source> TableTransactions<S> {
             values.push(retention_micros(claim.retention).into());
             values.extend([locks[0].into(), locks[1].into(), self.lock_timeout()]);
             claims.push(Say::ask(&self.statements.claim, values));
-            looks.push(Say::ask(&self.statements.look, look(&Lease::new(*id, claim.owner, 1), locks)));
+            looks.push(Say::ask(
+                &self.statements.look,
+                look(&Lease::new(*id, claim.owner, 1), locks),
+            ));
         }
-        let (connection, looked) = self.source.begin(claims, looks).await?;
+        let mut later = vec![&self.statements.complete, &self.statements.check];
+        if !others.is_empty() {
+            later.push(&self.statements.complete_others);
+        }
+        let (connection, looked) = self.source.begin(claims, looks, &later).await?;
         let mut open = Open {
             slot: Slot::of(connection),
             lent: false,
@@ -240,7 +245,10 @@ impl<S: Source> TableTransactions<S> {
         let mut found = found.into_iter();
         let own = found.next().unwrap_or(Found::InFlight { same: true });
         let found: Vec<_> = found.collect();
-        let acquired = others.iter().zip(&found).filter(|(_, found)| matches!(found, Found::Acquired));
+        let acquired = others
+            .iter()
+            .zip(&found)
+            .filter(|(_, found)| matches!(found, Found::Acquired));
         open.others = acquired.map(|(other, _)| *other).collect();
         Ok(Some(Opened {
             own,
@@ -343,15 +351,31 @@ impl<C: Connection> Open<C> {
         };
         let (bytes, micros) = kept(response, *retention);
         let checksum = record::checksum(&self.lease.id, response.as_bytes());
-        let own = [self.lease.id.as_bytes().into(), owner(), bytes, checksum.into(), micros.into()];
+        let own = [
+            self.lease.id.as_bytes().into(),
+            owner(),
+            bytes,
+            checksum.into(),
+            micros.into(),
+        ];
         let mut flight = vec![Say::ask(&self.statements.complete, own)];
         if !self.others.is_empty() {
             // The fact alone; the answer is with the operation.
             let (bytes, micros) = kept(&StoredResponse::not_kept(response.status()), *retention);
             let fact = StoredResponse::not_kept(response.status());
-            let sums = self.others.iter().map(|id| record::checksum(id, fact.as_bytes())).collect();
+            let sums = self
+                .others
+                .iter()
+                .map(|id| record::checksum(id, fact.as_bytes()))
+                .collect();
             let ids = self.others.iter().map(|id| id.as_bytes().to_vec()).collect();
-            let others = [Value::BytesList(ids), owner(), bytes, Value::IntList(sums), micros.into()];
+            let others = [
+                Value::BytesList(ids),
+                owner(),
+                bytes,
+                Value::IntList(sums),
+                micros.into(),
+            ];
             flight.push(Say::ask(&self.statements.complete_others, others));
         }
         flight

@@ -6,6 +6,7 @@
 use std::{
     fmt::{self, Write},
     ops::{Deref, DerefMut},
+    sync::Arc,
 };
 
 use http::Extensions;
@@ -38,7 +39,7 @@ impl Source for SqlxSource {
     type Connection = Open;
 
     /// In two flights: sqlx gives no rows of what begins a transaction.
-    async fn begin(&self, claims: Vec<Say>, looks: Vec<Say>) -> Result<(Open, Vec<Looked>), Failure> {
+    async fn begin(&self, claims: Vec<Say>, looks: Vec<Say>, _: &[&Arc<str>]) -> Result<(Open, Vec<Looked>), Failure> {
         let mut open = self.pool.begin().await?;
         let flight = claims.into_iter().chain(looks).chain([Say::Plain(SAVEPOINT)]);
         let rows = open.fetch_all(&*text(flight)).await?;
@@ -285,7 +286,11 @@ mod tests {
 
     #[test]
     fn values_stand_where_the_statement_has_their_numbers_and_nowhere_else() {
-        let values = [Value::from(&[0, 171]), Value::from(-7_i64), Value::from("it's".to_owned())];
+        let values = [
+            Value::from(&[0, 171]),
+            Value::from(-7_i64),
+            Value::from("it's".to_owned()),
+        ];
         let sql = r#"SELECT $2::bigint, $1::bytea, '$1', $3::text FROM "a$1"."b""$2""#;
         let expected = r#"SELECT (-7)::bigint, '\x00ab'::bytea::bytea, '$1', E'it\'s'::text FROM "a$1"."b""$2";"#;
         assert_eq!(text([Say::ask(&sql.into(), values)]), expected);
