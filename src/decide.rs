@@ -91,11 +91,19 @@ mod tests {
             },
             "kept" => {
                 let response = StoredResponse::encode(StatusCode::OK, &HeaderMap::new(), |_| true, b"", None);
-                Begin::Completed { fingerprint, response }
+                Begin::Completed {
+                    fingerprint,
+                    response,
+                    remaining: None,
+                }
             }
             "not kept" => {
                 let response = StoredResponse::not_kept(StatusCode::ACCEPTED);
-                Begin::Completed { fingerprint, response }
+                Begin::Completed {
+                    fingerprint,
+                    response,
+                    remaining: None,
+                }
             }
             other => unreachable!("{other}"),
         }

@@ -66,14 +66,15 @@ pub use self::{
 
 #[cfg(feature = "sqlx")]
 pub use self::store::SqlxTransaction;
-#[cfg(feature = "postgres")]
-pub use self::{
-    store::{PostgresStore, PostgresTable, PostgresTransaction},
-    transactional::MissingTransaction,
-};
-
+#[cfg(feature = "cached")]
+pub use self::store::{Cached, CachedBuilder};
 #[cfg(feature = "redis")]
 pub use self::store::{RedisStore, RedisStoreBuilder};
+#[cfg(feature = "postgres")]
+pub use self::{
+    store::{PostgresStore, PostgresStoreBuilder, PostgresTable, PostgresTransaction},
+    transactional::MissingTransaction,
+};
 
 /// The examples of the page on providers compile.
 #[cfg(all(doctest, feature = "axum"))]

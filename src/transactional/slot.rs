@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     fn lend(slot: &Slot<u8>) -> Result<Lent<u8, u8>, Missing> {
-        slot.lend(Some).map_err(|missing| missing.0)
+        slot.lend(|number| Some(number)).map_err(|missing| missing.0)
     }
 
     #[test]

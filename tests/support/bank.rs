@@ -137,7 +137,7 @@ impl Bank {
         let url = database_url(server, &database);
         let pool = postgres::pool(&url, 4);
         create_tables(&pool).await;
-        let store = store(library, &url, pool);
+        let store = store(library, &url, pool).await;
         let layer = IdempotencyLayer::new(store.clone())
             .guarantee(Guarantee::Transactional)
             .require_key();
@@ -198,8 +198,8 @@ fn database_url(server: &Postgres, database: &str) -> String {
     format!("{server}/{database}")
 }
 
-pub fn store(library: Library, url: &str, pool: Pool) -> PostgresStore {
-    let store = PostgresStore::of(pool);
+pub async fn store(library: Library, url: &str, pool: Pool) -> PostgresStore {
+    let store = PostgresStore::builder().connect_pool(pool).await.expect("a store");
     match library {
         Library::TokioPostgres => store,
         Library::Sqlx => store.with_sqlx(

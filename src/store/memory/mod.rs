@@ -237,6 +237,10 @@ impl Store for MemoryStore {
         self.begin_now(id, claim)
     }
 
+    fn begin_at_once(&self, id: &RecordId, claim: &Claim) -> Option<Result<Begin, StoreError>> {
+        Some(self.begin_now(id, claim))
+    }
+
     async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
         self.complete_now(lease, response, retention)
     }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    IdHasherBuilder, Listeners, Time,
+    IdHasherBuilder, Listeners, NEVER, Time,
     budget::Budget,
     expiry::{Expiry, Ticket},
     nanos, retention_nanos,
@@ -16,7 +16,7 @@ use crate::{
     codec::StoredResponse,
     error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
-    record::{Begin, Claim, Lease, Owner, RecordId},
+    record::{Begin, Claim, Lease, Owner, RecordId, Retention},
 };
 
 pub(super) struct Shard {
@@ -51,6 +51,20 @@ enum State {
 /// The budget has no room for what is asked.
 #[derive(Debug)]
 pub(super) struct NoRoom;
+
+/// The end of a lease that its owner gave up. No other lease ends there, since this one is never renewed.
+const ABANDONED: Time = 0;
+
+fn lease_end(now: Time, length: Time) -> Time {
+    now.saturating_add(length).max(ABANDONED + 1)
+}
+
+fn remaining(vacant_at: Time, now: Time) -> Retention {
+    match vacant_at {
+        NEVER => Retention::Forever,
+        at => Retention::For(Duration::from_nanos(at.saturating_sub(now))),
+    }
+}
 
 /// Expired records that one operation removes at most: it pays for its own and catches up a little.
 const REMOVED_PER_STEP: usize = 4;
@@ -94,9 +108,15 @@ impl Shard {
                             return Ok(Begin::Completed {
                                 fingerprint: record.fingerprint,
                                 response: response.clone(),
+                                remaining: Some(remaining(record.vacant_at, now)),
                             });
                         }
-                        State::InProgress { owner, fence, .. } if *owner == claim.owner => {
+                        State::InProgress {
+                            owner,
+                            fence,
+                            lease_until,
+                            ..
+                        } if *owner == claim.owner && *lease_until != ABANDONED => {
                             let own = Lease::new(*id, *owner, *fence);
                             // It cannot fail: the record was just seen to be its own.
                             let _ = self.renew(&own, nanos(claim.lease), now);
@@ -154,7 +174,10 @@ impl Shard {
     pub(super) fn renew(&mut self, lease: &Lease, length: Time, now: Time) -> Result<(), StoreError> {
         let record = owned(&mut self.records, lease, now)?;
         if let State::InProgress { lease_until, keep, .. } = &mut record.state {
-            *lease_until = now.saturating_add(length);
+            if *lease_until == ABANDONED {
+                return Err(StoreErrorKind::Fenced.into());
+            }
+            *lease_until = lease_end(now, length);
             record.vacant_at = lease_until.saturating_add(*keep);
         }
         let old = record.ticket;
@@ -179,7 +202,7 @@ impl Shard {
         let record = owned(&mut self.records, lease, now)?;
         let old = record.ticket;
         if let State::InProgress { lease_until, keep, .. } = &mut record.state {
-            *lease_until = now;
+            *lease_until = ABANDONED;
             record.vacant_at = now.saturating_add(*keep);
             record.ticket = self.expiry.set(lease.id, now, *keep);
         }
@@ -260,7 +283,7 @@ fn owned<'a>(records: &'a mut Records, lease: &Lease, now: Time) -> Result<&'a m
 
 impl Record {
     fn in_progress(claim: &Claim, fence: u64, now: Time) -> Self {
-        let lease_until = now.saturating_add(nanos(claim.lease));
+        let lease_until = lease_end(now, nanos(claim.lease));
         let keep = retention_nanos(claim.retention);
         Self {
             fingerprint: claim.fingerprint,

@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::statements::FOREVER;
 use crate::{
     codec::StoredResponse,
     error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
-    record::{Begin, Lease, Owner, RecordId},
+    record::{Begin, Lease, Owner, RecordId, Retention},
 };
 
 /// The columns of a *record*, by the names that [`Statements`](super::statements::Statements) give them, whichever
@@ -25,8 +26,8 @@ pub(crate) struct Row {
     pub(crate) answer: Option<Vec<u8>>,
     pub(crate) checksum: Option<i32>,
     pub(crate) expired: Option<bool>,
-    /// Microseconds, of a record in progress; past its end it is zero or less.
-    pub(crate) lease_left: Option<i64>,
+    /// Microseconds, of the lease of a record in progress, or until any other expires. Past its end it is zero or less.
+    pub(crate) time_left: Option<i64>,
 }
 
 /// What a claim found.
@@ -46,6 +47,26 @@ const ABANDONED: i8 = b'a' as i8;
 pub(crate) const COMPLETED: i8 = b'c' as i8;
 
 impl Row {
+    /// As tokio-postgres gives it.
+    pub(crate) fn read(row: &tokio_postgres::Row) -> Result<Self, StoreError> {
+        let read = || {
+            Ok(Self {
+                acquired: row.try_get("acquired")?,
+                owner: row.try_get("owner")?,
+                fence: row.try_get("fence")?,
+                state: row.try_get("state")?,
+                algorithm: row.try_get("algorithm")?,
+                fingerprint: row.try_get("fingerprint")?,
+                answer: row.try_get("answer")?,
+                checksum: row.try_get("checksum")?,
+                expired: row.try_get("expired")?,
+                time_left: row.try_get("time_left")?,
+            })
+        };
+        // A value that is of another type than its column's.
+        read().map_err(|error: tokio_postgres::Error| corrupt(error))
+    }
+
     /// Reads a row that is `asking`'s answer.
     pub(crate) fn found(self, id: &RecordId, asking: Owner) -> Result<Found, StoreError> {
         let fence = u64::try_from(self.fence).map_err(corrupt)?;
@@ -66,10 +87,11 @@ impl Row {
             Some(COMPLETED) => Found::Other(Begin::Completed {
                 fingerprint,
                 response: answer(id, self.answer, self.checksum)?,
+                remaining: self.time_left.map(remaining),
             }),
             Some(ABANDONED) => Found::Other(abandoned()),
             Some(IN_PROGRESS) if owner == asking => Found::Own,
-            Some(IN_PROGRESS) => match u64::try_from(self.lease_left.ok_or_else(missing)?) {
+            Some(IN_PROGRESS) => match u64::try_from(self.time_left.ok_or_else(missing)?) {
                 Ok(left @ 1..) => Found::Other(Begin::InProgress {
                     fingerprint,
                     remaining: Duration::from_micros(left),
@@ -96,6 +118,14 @@ fn answer(id: &RecordId, answer: Option<Vec<u8>>, expected: Option<i32>) -> Resu
         return Err(corrupt("the checksum is another one"));
     }
     StoredResponse::from_bytes(Bytes::from(answer))
+}
+
+fn remaining(micros: i64) -> Retention {
+    match u64::try_from(micros) {
+        Ok(micros) if micros < FOREVER.unsigned_abs() => Retention::For(Duration::from_micros(micros)),
+        Ok(_) => Retention::Forever,
+        Err(_) => Retention::For(Duration::ZERO),
+    }
 }
 
 fn array<const N: usize>(bytes: Option<Vec<u8>>) -> Result<[u8; N], StoreError> {

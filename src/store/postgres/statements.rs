@@ -14,10 +14,6 @@ use crate::record::Retention;
 /// 285 years, beyond which sums are not exact; for the server that is for ever.
 pub(super) const FOREVER: i64 = 1 << 53;
 
-pub(super) fn micros_for_ever() -> i64 {
-    FOREVER
-}
-
 /// Whole microseconds, which end no earlier than `duration`.
 pub(crate) fn micros(duration: Duration) -> i64 {
     let micros = duration.as_nanos().div_ceil(1000);
@@ -70,11 +66,11 @@ pub(super) fn after(micros: &str) -> String {
     )
 }
 
-/// The columns of a *record*. Of a lease that never ends a thousand years are left.
+/// The columns of a *record*. Of what never ends a thousand years are left.
 pub(super) const RECORD: &str = "false AS acquired, owner, fence, state, algorithm, fingerprint, answer, checksum, \
      expires_at <= clock_timestamp() AS expired, \
-     CASE WHEN state = 'p' THEN (extract(epoch FROM least(lease_until, clock_timestamp() + interval '1000 years') \
-     - clock_timestamp()) * 1000000)::bigint END AS lease_left";
+     (extract(epoch FROM least(CASE state WHEN 'p' THEN lease_until ELSE expires_at END, \
+     clock_timestamp() + interval '1000 years') - clock_timestamp()) * 1000000)::bigint AS time_left";
 
 impl Statements {
     pub(crate) fn new(table: &PostgresTable) -> Self {

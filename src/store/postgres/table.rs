@@ -4,7 +4,7 @@ use std::fmt;
 
 use deadpool_postgres::Pool;
 
-use super::{failure, statements::micros_for_ever};
+use super::{failure, statements::FOREVER};
 use crate::error::{StoreError, StoreErrorKind};
 
 /// Of the columns below. It stands in the table's comment, and so goes wherever the table goes.
@@ -108,7 +108,7 @@ CREATE INDEX ON {table} (purge_at);
 COMMENT ON TABLE {table} IS '{COMMENT}{VERSION}';
 ",
             table = self.quoted(),
-            forever = micros_for_ever(),
+            forever = FOREVER,
         )
     }
 
@@ -117,11 +117,15 @@ COMMENT ON TABLE {table} IS '{COMMENT}{VERSION}';
         format!("{}.{}", quoted(&self.schema), quoted(&self.name))
     }
 
-    /// Asks for `exists`, `comment` and `schema_exists`.
+    /// Asks for `exists`, `comment` and `usable`, and for `schema_exists`.
     pub(super) fn version_query(&self) -> String {
         format!(
             "SELECT to_regclass({table}) IS NOT NULL AS exists, \
              obj_description(to_regclass({table})::oid, 'pg_class') AS comment, \
+             coalesce(has_table_privilege(to_regclass({table})::oid, 'SELECT') \
+             AND has_table_privilege(to_regclass({table})::oid, 'INSERT') \
+             AND has_table_privilege(to_regclass({table})::oid, 'UPDATE') \
+             AND has_table_privilege(to_regclass({table})::oid, 'DELETE'), false) AS usable, \
              to_regnamespace({schema}) IS NOT NULL AS schema_exists",
             table = literal(&self.quoted()),
             schema = literal(&quoted(&self.schema)),

@@ -198,29 +198,13 @@ async fn in_one_flight(mut calls: Vec<Answering<'_>>) -> Vec<Answer> {
 
 impl Looked {
     fn read(row: &Row) -> Result<Self, StoreError> {
-        let read = || {
-            let fence: Option<i64> = row.try_get("fence")?;
-            Ok::<_, Error>(Self {
-                held: row.try_get("held")?,
-                claimed: row.try_get::<_, Option<bool>>("claimed")?.unwrap_or(false),
-                row: match fence {
-                    None => None,
-                    Some(fence) => Some(record::Row {
-                        acquired: false,
-                        owner: row.try_get("owner")?,
-                        fence,
-                        state: row.try_get("state")?,
-                        algorithm: row.try_get("algorithm")?,
-                        fingerprint: row.try_get("fingerprint")?,
-                        answer: row.try_get("answer")?,
-                        checksum: row.try_get("checksum")?,
-                        expired: row.try_get("expired")?,
-                        lease_left: row.try_get("lease_left")?,
-                    }),
-                },
-            })
-        };
-        read().map_err(|error| StoreError::with_source(StoreErrorKind::Corrupt, error))
+        let read = || Ok::<_, Error>((row.try_get("held")?, row.try_get::<_, Option<bool>>("claimed")?));
+        let (held, claimed) = read().map_err(failure::classify)?;
+        Ok(Self {
+            held,
+            claimed: claimed == Some(true),
+            row: claimed.map(|_| record::Row::read(row)).transpose()?,
+        })
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod client;
 mod ends;
+mod open;
 mod say;
 #[cfg(feature = "sqlx")]
 mod sqlx;
@@ -11,30 +12,28 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use http::Extensions;
 
+use self::client::ClientSource;
 pub use self::client::PostgresTransaction;
 #[cfg(feature = "sqlx")]
-pub(super) use self::sqlx::SqlxSource;
+use self::sqlx::SqlxSource;
 #[cfg(feature = "sqlx")]
 pub use self::sqlx::SqlxTransaction;
-pub(super) use self::{client::ClientSource, say::Failure};
 use self::{
     ends::{Ends, Waking},
-    say::{Say, Value},
-    statements::{RELEASE, SAVEPOINT, TransactionStatements, UNDO, held, locks},
+    open::Open,
+    say::{Failure, Say, Value},
+    statements::{TransactionStatements, held, locks},
 };
 use super::{
-    PostgresTable,
+    Inner, PostgresStore,
     record::{self, Row},
-    statements::{Statements, retention_micros},
+    statements::retention_micros,
 };
-#[cfg(feature = "axum")]
-use crate::transactional::{Missing, MissingTransaction};
 use crate::{
-    codec::StoredResponse,
     error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
-    record::{Claim, Lease, RecordId, Retention},
-    transactional::{Answer, Boxed, Ended, Found, Opened, Slot, Transaction, Transactions},
+    record::{Claim, Lease, RecordId},
+    transactional::{Boxed, Found, Opened, Slot, Transactions},
 };
 
 /// An extractor of axum's, and of an `Option` of it.
@@ -110,6 +109,36 @@ pub(super) struct Looked {
     row: Option<Row>,
 }
 
+impl PostgresStore {
+    /// With transactions on connections of its own pool.
+    pub(super) fn new(inner: Arc<Inner>) -> Self {
+        let source = ClientSource {
+            pool: inner.connections.pool().clone(),
+            prepared: inner.connections.is_prepared(),
+        };
+        let transactions = transactions(source, &inner);
+        Self { inner, transactions }
+    }
+
+    /// Takes transactions ([`Guarantee::Transactional`](crate::Guarantee::Transactional)) from this pool, which has to
+    /// lead to the same database: for handlers that work with sqlx, by [`SqlxTransaction`]. All else, such as records of
+    /// routes under another guarantee, is still done on connections of the store's own. Default: transactions are the
+    /// store's own, too, by [`PostgresTransaction`].
+    ///
+    /// How long a request waits for a connection is the pool's `acquire_timeout`, within the layer's
+    /// [`store_timeout`](crate::IdempotencyLayer::store_timeout).
+    #[cfg(feature = "sqlx")]
+    #[must_use]
+    pub fn with_sqlx(self, pool: ::sqlx::PgPool) -> Self {
+        let transactions = transactions(SqlxSource { pool }, &self.inner);
+        Self { transactions, ..self }
+    }
+
+    pub(crate) fn transactions(&self) -> Arc<dyn Transactions> {
+        Arc::clone(&self.transactions)
+    }
+}
+
 /// The transactions of one table, on one pool.
 struct TableTransactions<S> {
     source: S,
@@ -120,19 +149,14 @@ struct TableTransactions<S> {
     ends: Arc<Ends>,
 }
 
-/// Transactions of this table. A claim waits `lock_timeout` for those who hold none of its locks, such as a migration,
-/// and so does a look for a transaction to be over.
-pub(super) fn transactions(
-    source: impl Source,
-    table: &PostgresTable,
-    statements: &Statements,
-    lock_timeout: Duration,
-) -> Arc<dyn Transactions> {
+/// A claim waits as long as the store does for those who hold none of its locks, such as a migration, and so does a look
+/// for a transaction to be over.
+fn transactions(source: impl Source, store: &Inner) -> Arc<dyn Transactions> {
     Arc::new(TableTransactions {
         source,
-        table: table.quoted(),
-        statements: Arc::new(TransactionStatements::new(table, statements)),
-        lock_timeout,
+        table: store.table.quoted(),
+        statements: Arc::new(TransactionStatements::new(&store.table, &store.statements)),
+        lock_timeout: store.connections.timeout(),
         ends: Arc::default(),
     })
 }
@@ -216,14 +240,8 @@ impl<S: Source> TableTransactions<S> {
             later.push(&self.statements.complete_others);
         }
         let (connection, looked) = self.source.begin(claims, looks, &later).await?;
-        let mut open = Open {
-            slot: Slot::of(connection),
-            lent: false,
-            lease: Lease::new(*id, claim.owner, 1),
-            others: Vec::new(),
-            statements: Arc::clone(&self.statements),
-            waking: Waking::of(&self.ends, *id),
-        };
+        let lease = Lease::new(*id, claim.owner, 1);
+        let mut open = Open::new(connection, lease, &self.statements, Waking::of(&self.ends, *id));
         let mut found = Vec::with_capacity(records.len());
         let mut expired = Vec::new();
         for ((id, fingerprint), looked) in records.iter().zip(looked) {
@@ -238,7 +256,7 @@ impl<S: Source> TableTransactions<S> {
             }
         }
         if matches!(found.first(), Some(Found::Acquired)) && !expired.is_empty() {
-            if !open.claim_expired(&self.statements, claim, expired).await? {
+            if !open.claim_expired(claim, expired).await? {
                 return open.give_up().await;
             }
         }
@@ -294,148 +312,5 @@ impl Looked {
             // No claim of this owner was ever committed.
             record::Found::Own | record::Found::Acquired(_) => None,
         })
-    }
-}
-
-/// An open transaction that has claimed.
-struct Open<C: Connection> {
-    slot: Slot<C>,
-    /// To a handler, which may have ended it.
-    lent: bool,
-    lease: Lease,
-    others: Vec<RecordId>,
-    statements: Arc<TransactionStatements>,
-    waking: Waking,
-}
-
-const KEPT: &str = "the handler kept its transaction beyond its answer: it is rolled back when it is let go";
-const ENDED: &str = "the handler ended its transaction itself: what it wrote may be committed";
-
-impl<C: Connection> Open<C> {
-    async fn give_up<T>(self) -> Result<Option<T>, StoreError> {
-        if let Some(connection) = self.slot.take_back() {
-            connection.roll_back(None).await?;
-        }
-        Ok(None)
-    }
-
-    /// Outside of the savepoint: a claim stays when what the handler wrote is undone.
-    async fn claim_expired(
-        &mut self,
-        statements: &TransactionStatements,
-        claim: &Claim,
-        expired: Vec<(&RecordId, &Fingerprint)>,
-    ) -> Result<bool, StoreError> {
-        let mut flight = vec![Say::Plain(RELEASE)];
-        for (id, fingerprint) in expired {
-            let mut values = named(id, claim, fingerprint);
-            values.extend([Value::from(0_i64), retention_micros(claim.retention).into()]);
-            flight.push(Say::ask(&statements.claim_expired, values));
-        }
-        flight.push(Say::Plain(SAVEPOINT));
-        let Some(mut connection) = self.slot.take_back() else {
-            return Ok(false);
-        };
-        let answered = connection.ask(flight).await?;
-        self.slot = Slot::of(connection);
-        Ok(answered.into_iter().all(|answered| answered))
-    }
-
-    fn completion(&self, answer: &Answer) -> Vec<Say> {
-        let Answer {
-            response, retention, ..
-        } = answer;
-        let owner = || Value::from(self.lease.owner.as_bytes());
-        let kept = |response: &StoredResponse, retention: Retention| {
-            (Value::Bytes(response.as_bytes().clone()), retention_micros(retention))
-        };
-        let (bytes, micros) = kept(response, *retention);
-        let checksum = record::checksum(&self.lease.id, response.as_bytes());
-        let own = [
-            self.lease.id.as_bytes().into(),
-            owner(),
-            bytes,
-            checksum.into(),
-            micros.into(),
-        ];
-        let mut flight = vec![Say::ask(&self.statements.complete, own)];
-        if !self.others.is_empty() {
-            // The fact alone; the answer is with the operation.
-            let (bytes, micros) = kept(&StoredResponse::not_kept(response.status()), *retention);
-            let fact = StoredResponse::not_kept(response.status());
-            let sums = self
-                .others
-                .iter()
-                .map(|id| record::checksum(id, fact.as_bytes()))
-                .collect();
-            let ids = self.others.iter().map(|id| id.as_bytes().to_vec()).collect();
-            let others = [
-                Value::BytesList(ids),
-                owner(),
-                bytes,
-                Value::IntList(sums),
-                micros.into(),
-            ];
-            flight.push(Say::ask(&self.statements.complete_others, others));
-        }
-        flight
-    }
-}
-
-impl<C: Connection> Transaction for Open<C> {
-    fn lend(&mut self, extensions: &mut Extensions) {
-        self.lent = true;
-        C::lend(&self.slot, extensions);
-    }
-
-    fn commit(mut self: Box<Self>, answer: Answer) -> Boxed<'static, Ended> {
-        Box::pin(async move {
-            let Some(connection) = self.slot.take_back() else {
-                return Ended::Misused(KEPT);
-            };
-            let mut flight = self.completion(&answer);
-            if !answer.with_writes {
-                flight.insert(0, Say::Plain(UNDO));
-            }
-            match connection.commit(flight).await {
-                Ok(()) => {
-                    self.waking.committed();
-                    Ended::AsAsked
-                }
-                Err(failure) => failure.into_end(),
-            }
-        })
-    }
-
-    fn roll_back(self: Box<Self>) -> Boxed<'static, Ended> {
-        Box::pin(async move {
-            let Some(connection) = self.slot.take_back() else {
-                return Ended::Misused(KEPT);
-            };
-            let (id, owner) = (self.lease.id.as_bytes(), self.lease.owner.as_bytes());
-            let check = Say::ask(&self.statements.check, [Value::from(id), owner.into()]);
-            match connection.roll_back(self.lent.then_some(check)).await {
-                Ok(()) => Ended::AsAsked,
-                Err(failure) => failure.into_end(),
-            }
-        })
-    }
-}
-
-impl Failure {
-    /// A transaction that fails is undone, unless the connection was lost with it.
-    fn into_end(self) -> Ended {
-        let Self { code, fatal, error } = self;
-        match code.as_deref() {
-            None => Ended::Unknown(error),
-            // Of the connection, perhaps after the commit.
-            Some(_) if fatal => Ended::Unknown(error),
-            // No row, no transaction, no such savepoint.
-            Some("22012" | "25P01" | "3B001") => Ended::Misused(ENDED),
-            Some(_) => match error.kind() {
-                StoreErrorKind::Unavailable | StoreErrorKind::Full => Ended::RolledBack(error),
-                _ => Ended::Failed(error),
-            },
-        }
     }
 }

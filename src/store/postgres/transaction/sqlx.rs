@@ -202,7 +202,7 @@ impl Looked {
                         answer: row.try_get("answer")?,
                         checksum: row.try_get("checksum")?,
                         expired: row.try_get("expired")?,
-                        lease_left: row.try_get("lease_left")?,
+                        time_left: row.try_get("time_left")?,
                     }),
                 },
             })
