@@ -36,12 +36,7 @@ const KEPT: &str = "the handler kept its transaction beyond its answer: it is ro
 const ENDED: &str = "the handler ended its transaction itself: what it wrote may be committed";
 
 impl<C: Connection> Open<C> {
-    pub(super) fn new(
-        connection: C,
-        lease: Lease,
-        statements: &Arc<TransactionStatements>,
-        waking: Waking,
-    ) -> Self {
+    pub(super) fn new(connection: C, lease: Lease, statements: &Arc<TransactionStatements>, waking: Waking) -> Self {
         Self {
             slot: Slot::of(connection),
             lent: false,
