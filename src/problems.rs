@@ -60,7 +60,8 @@
 //!
 //! ## store-unavailable
 //! **503.** The server cannot reach its records, so it does not know whether the request is a duplicate. It did not
-//! run. Send the request again after `Retry-After`.
+//! run; or, where `detail` says so, it is not known whether what it did was committed. Send the request again after
+//! `Retry-After`.
 //!
 //! ## store-full
 //! **503.** The server has no room for another key. The request did not run. Send it again after `Retry-After`.

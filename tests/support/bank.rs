@@ -184,6 +184,15 @@ impl Bank {
         client
     }
 
+    pub fn port(&self) -> u16 {
+        self.server.port()
+    }
+
+    /// Of a bank that has its server for itself.
+    pub fn server_mut(&mut self) -> &mut Postgres {
+        Arc::get_mut(&mut self.server).expect("nobody else has it")
+    }
+
     pub fn url(&self) -> String {
         database_url(&self.server, &self.database)
     }
@@ -215,8 +224,28 @@ pub async fn store(library: Library, url: &str, pool: Pool) -> PostgresStore {
 pub fn app(control: &Control, layer: IdempotencyLayer) -> Router {
     Router::new()
         .route("/transfer", post(transfer))
+        .route("/count", post(count))
         .layer(layer)
         .with_state(control.clone())
+}
+
+/// What it writes follows from what it read.
+async fn count(State(control): State<Control>, mut transaction: AnyTransaction) -> StatusCode {
+    let sql = "INSERT INTO transfers (reference, amount) SELECT 'count', count(*) FROM transfers";
+    let counted = transaction.run(sql).await;
+    control.pass().await;
+    match counted {
+        Ok(()) => StatusCode::CREATED,
+        // Nothing is kept of it.
+        Err(_) => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}
+
+pub fn counting(key: &str) -> Request<Body> {
+    Request::post("/count")
+        .header("idempotency-key", key)
+        .body(Body::empty())
+        .expect("a request")
 }
 
 /// A transfer of so much from account 1 to account 2, and what happens after it was written.
@@ -290,4 +319,15 @@ pub fn order(key: &str, amount: i64, then: &str) -> Request<Body> {
         .header("content-type", "application/json")
         .body(json!({ "amount": amount, "then": then }).to_string().into())
         .expect("a request")
+}
+
+/// The same route under a layer of another guarantee: nothing is transferred.
+pub fn plain(control: &Control, layer: IdempotencyLayer) -> Router {
+    let handler = async |State(control): State<Control>| {
+        control.pass().await;
+    };
+    Router::new()
+        .route("/transfer", post(handler))
+        .layer(layer)
+        .with_state(control.clone())
 }

@@ -6,6 +6,8 @@ pub mod app;
 #[cfg(feature = "sqlx")]
 pub mod bank;
 pub mod browser;
+#[cfg(feature = "sqlx")]
+pub mod commit_proxy;
 pub mod demo;
 pub mod dice;
 pub mod faulty;
