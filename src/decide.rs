@@ -52,6 +52,8 @@ pub(crate) fn decide(
             Concurrent::Wait(_) => Decision::Wait(remaining),
         },
         (Begin::Abandoned { lost, .. }, Comparison::Same) => match guarantee {
+            #[cfg(seeded_bug)]
+            Guarantee::AtMostOnce if crate::seeded::is("runs again what is unknown") => Decision::TakeOver(lost),
             // A transaction that is lost leaves no record. This one was left by a handler that committed by itself, or
             // by an attempt under another guarantee.
             Guarantee::AtMostOnce | Guarantee::Transactional => refuse(RejectionKind::OutcomeUnknown),

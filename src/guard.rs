@@ -110,6 +110,10 @@ impl Guard {
 
     /// Returns only when the lease of the operation's own record is lost.
     async fn renew_while_held(&self) {
+        #[cfg(seeded_bug)]
+        if crate::seeded::is("never renews") {
+            return;
+        }
         let length = self.shared.policy.lease;
         let mut pause = length / 3;
         loop {
@@ -223,6 +227,11 @@ impl Outcome {
 async fn settle_one(shared: &Arc<Shared>, lease: Lease, outcome: Outcome) -> bool {
     match apply(shared, &lease, &outcome).await {
         Ok(()) => true,
+        #[cfg(seeded_bug)]
+        Err(error) if error.is_retryable() && crate::seeded::is("frees what it cannot record") => {
+            settle_later(shared, lease, Outcome::NotExecuted);
+            false
+        }
         Err(error) if error.is_retryable() => {
             settle_later(shared, lease, outcome);
             false
@@ -240,6 +249,11 @@ async fn apply(shared: &Shared, lease: &Lease, outcome: &Outcome) -> Result<(), 
     match outcome {
         Outcome::Completed(response, retention) => {
             let retention = *retention;
+            #[cfg(seeded_bug)]
+            let retention = match crate::seeded::is("forgets what completed") {
+                true => Retention::For(Duration::ZERO),
+                false => retention,
+            };
             match shared.call(store.complete(lease, response, retention)).await {
                 Err(error) if error.kind() == StoreErrorKind::Full && response.is_kept() => {
                     tracing::warn!(record = %lease.id, "the store has no room for the answer, which is not kept");
@@ -257,6 +271,10 @@ async fn apply(shared: &Shared, lease: &Lease, outcome: &Outcome) -> Result<(), 
 /// Goes on telling the store for as long as a lease lasts, with growing pauses. After that the lease is over, and the
 /// record says by itself that the outcome is unknown.
 pub(crate) fn settle_later(shared: &Arc<Shared>, lease: Lease, outcome: Outcome) {
+    #[cfg(seeded_bug)]
+    if crate::seeded::is("gives up at once") {
+        return;
+    }
     let Ok(runtime) = Handle::try_current() else { return };
     // While the store is away every request may leave such a task behind: their number has a limit.
     let Ok(permit) = Arc::clone(&shared.settling).try_acquire_owned() else {

@@ -30,6 +30,9 @@ mod record;
 mod rejection;
 mod routes;
 mod scope;
+#[cfg(seeded_bug)]
+#[doc(hidden)]
+pub mod seeded;
 mod service;
 mod shared;
 mod statuses;

@@ -11,7 +11,7 @@ use std::{
 
 use http::StatusCode;
 use support::{
-    app::{Control, call, gated, open, spawn},
+    app::{Control, call, gated, spawn},
     bank::{self, ACCOUNTS, BALANCE, BOTH, Bank, Library, order},
     commit_proxy::{CommitProxy, Cut},
     postgres::{self, Postgres},

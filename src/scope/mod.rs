@@ -145,6 +145,10 @@ impl ScopeRules {
     /// Everything of a record's id but the key.
     pub(crate) fn of(&self, parts: &Parts, body: &JsonBody<'_>) -> Result<ScopeHash, Rejection> {
         let mut id = IdHasher::new();
+        #[cfg(seeded_bug)]
+        if crate::seeded::is("forgets scopes") {
+            return Ok(ScopeHash(id));
+        }
         let mut operation = Operation::Route;
         match &self.tenant {
             Tenant::Authorization => whole_authorization(&mut id, parts),

@@ -1,6 +1,6 @@
 //! The story of a request that runs in a transaction.
 
-use std::{future::Future, panic::resume_unwind, pin::pin, sync::Arc, time::Duration};
+use std::{panic::resume_unwind, pin::pin, sync::Arc, time::Duration};
 
 use http::{Request, Response, StatusCode, request};
 use http_body::Body;
@@ -29,42 +29,37 @@ use crate::{
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// From a look at the store to the answer. Once it is polled it must run to its end; cut, it is rolled back.
-pub(crate) fn run<S, B, R>(
-    mut exchange: Exchange<S>,
-    transactions: Arc<dyn Transactions>,
-) -> impl Future<Output = Step<S, R, S::Error>>
+pub(crate) async fn run<S, B, R>(mut exchange: Exchange<S>, transactions: Arc<dyn Transactions>) -> Step<S, R, S::Error>
 where
     S: Service<Request<B>, Response = Response<R>> + Clone,
     B: RequestBody,
     R: Body,
 {
-    async move {
-        loop {
-            let Exchange {
-                shared,
-                identity,
-                claim,
-                ..
-            } = &exchange;
-            let found = match begin(shared, identity, claim, &*transactions).await {
-                Ok(opened) => match claimed(shared, identity, claim, opened).await {
-                    Claimed::All(transaction) => {
-                        return Box::pin(exchange.run_in(transaction, transactions)).await;
-                    }
-                    Claimed::Refused(rejection) => return Step::Done(Ok(exchange.refuse(rejection))),
-                    Claimed::Found(begin) => Ok(begin),
-                },
-                Err(error) => Err(error),
-            };
-            match exchange.next(found) {
-                Next::Reply(response) => return Step::Done(Ok(response)),
-                Next::Wait => return Step::Wait(Box::new(exchange)),
-                Next::BeginAgain => {}
-                // Nothing that was found is a lease, and nothing runs outside of a transaction.
-                Next::Run(_) | Next::RunUnprotected => {
-                    let rejection = Rejection::new(RejectionKind::StoreUnavailable);
-                    return Step::Done(Ok(exchange.refuse(rejection)));
+    loop {
+        let Exchange {
+            shared,
+            identity,
+            claim,
+            ..
+        } = &exchange;
+        let found = match begin(shared, identity, claim, &*transactions).await {
+            Ok(opened) => match claimed(shared, identity, claim, opened).await {
+                Claimed::All(transaction) => {
+                    return Box::pin(exchange.run_in(transaction, transactions)).await;
                 }
+                Claimed::Refused(rejection) => return Step::Done(Ok(exchange.refuse(rejection))),
+                Claimed::Found(begin) => Ok(begin),
+            },
+            Err(error) => Err(error),
+        };
+        match exchange.next(found) {
+            Next::Reply(response) => return Step::Done(Ok(response)),
+            Next::Wait => return Step::Wait(Box::new(exchange)),
+            Next::BeginAgain => {}
+            // Nothing that was found is a lease, and nothing runs outside of a transaction.
+            Next::Run(_) | Next::RunUnprotected => {
+                let rejection = Rejection::new(RejectionKind::StoreUnavailable);
+                return Step::Done(Ok(exchange.refuse(rejection)));
             }
         }
     }

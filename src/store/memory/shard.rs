@@ -122,6 +122,20 @@ impl Shard {
                             let _ = self.renew(&own, nanos(claim.lease), now);
                             return Ok(Begin::Acquired(own));
                         }
+                        #[cfg(seeded_bug)]
+                        State::InProgress { owner, fence, .. }
+                            if crate::seeded::is("takes over a living lease")
+                                && claim.takeover != Some(Lease::new(*id, *owner, *fence)) =>
+                        {
+                            return Ok(Begin::Abandoned {
+                                fingerprint: record.fingerprint,
+                                lost: Lease::new(*id, *owner, *fence),
+                            });
+                        }
+                        #[cfg(seeded_bug)]
+                        State::InProgress { fence, .. } if crate::seeded::is("takes over a living lease") => {
+                            fence.saturating_add(1)
+                        }
                         State::InProgress { lease_until, .. } if *lease_until > now => {
                             return Ok(Begin::InProgress {
                                 fingerprint: record.fingerprint,
@@ -227,6 +241,19 @@ impl Shard {
                 _ => self.remove(&id, budget),
             }
         }
+    }
+
+    #[cfg(seeded_bug)]
+    pub(super) fn is_vacant(&self, id: &RecordId) -> bool {
+        !self.records.contains_key(id)
+    }
+
+    /// As if the record had not been there when it was looked for.
+    #[cfg(seeded_bug)]
+    pub(super) fn forget(&mut self, id: &RecordId, budget: &Budget) {
+        let ticket = self.records.get(id).and_then(|record| record.ticket);
+        self.cancel(ticket);
+        self.remove(id, budget);
     }
 
     fn remove(&mut self, id: &RecordId, budget: &Budget) {

@@ -189,7 +189,7 @@ impl<S: Source> Transactions for TableTransactions<S> {
             let wait = Say::ask(&self.statements.wait, [Value::from(lock), self.lock_timeout()]);
             let look = Say::ask(&self.statements.look, look(lease, [lock, lock]));
             let looked = self.source.wait_and_look(wait, look).await.map_err(StoreError::from)?;
-            Ok(looked.row.is_some_and(|row| is_completed_by(&row, &lease)))
+            Ok(looked.row.is_some_and(|row| is_completed_by(&row, lease)))
         })
     }
 
