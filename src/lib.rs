@@ -84,6 +84,11 @@ pub use self::{
 #[doc = include_str!("../docs/providers.md")]
 struct ProvidersPage;
 
+/// The examples of the page on transactions compile.
+#[cfg(all(doctest, feature = "axum", feature = "postgres"))]
+#[doc = include_str!("../docs/transactions.md")]
+struct TransactionsPage;
+
 /// Rules for the characters of keys, to be given to [`IdempotencyLayer::key_rule`].
 pub mod key_rules {
     pub use crate::key::{any_text, uuid, visible_ascii};

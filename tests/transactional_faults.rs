@@ -12,7 +12,7 @@ use std::{
 use http::StatusCode;
 use support::{
     app::{Control, call, gated, spawn},
-    bank::{self, ACCOUNTS, BALANCE, BOTH, Bank, Library, order},
+    bank::{self, ACCOUNTS, BALANCE, BOTH, Bank, Library, PATIENCE, order},
     commit_proxy::{CommitProxy, Cut},
     postgres::{self, Postgres},
     serve::assert_replay,
@@ -22,13 +22,15 @@ use tower_idempotency::{Guarantee, IdempotencyLayer};
 const MONEY: i64 = ACCOUNTS * BALANCE;
 
 /// A node that reaches the bank's database through a proxy.
-async fn node_behind(bank: &Bank, library: Library, control: &Control) -> (axum::Router, CommitProxy) {
+async fn node_behind(bank: &Bank, library: Library, control: &Control, limit: Duration) -> (axum::Router, CommitProxy) {
     let proxy = CommitProxy::before(bank.port()).await;
     let url = bank
         .url()
         .replace(&format!(":{}/", bank.port()), &format!(":{}/", proxy.port()));
     let store = bank::store(library, &url, postgres::pool(&url, 2)).await;
-    let layer = IdempotencyLayer::new(store).guarantee(Guarantee::Transactional);
+    let layer = IdempotencyLayer::new(store)
+        .guarantee(Guarantee::Transactional)
+        .store_timeout(limit);
     (bank::app(control, layer), proxy)
 }
 
@@ -36,7 +38,7 @@ async fn node_behind(bank: &Bank, library: Library, control: &Control) -> (axum:
 async fn a_commit_whose_answer_is_lost_is_found_out_and_its_client_gets_the_answer() {
     for library in BOTH {
         let bank = Bank::of(library).await;
-        let (node, proxy) = node_behind(&bank, library, &bank.control).await;
+        let (node, proxy) = node_behind(&bank, library, &bank.control, 2 * PATIENCE).await;
         proxy.cut_once(Cut::After);
         let first = call(&node, order("k", 5, "")).await;
         assert_eq!(
@@ -53,7 +55,7 @@ async fn a_commit_whose_answer_is_lost_is_found_out_and_its_client_gets_the_answ
 async fn a_commit_that_never_arrived_is_found_out_and_the_client_may_send_it_again() {
     for library in BOTH {
         let bank = Bank::of(library).await;
-        let (node, proxy) = node_behind(&bank, library, &bank.control).await;
+        let (node, proxy) = node_behind(&bank, library, &bank.control, 2 * PATIENCE).await;
         proxy.cut_once(Cut::Before);
         let first = call(&node, order("k", 5, "")).await;
         assert_eq!(
@@ -72,7 +74,7 @@ async fn a_commit_that_never_arrived_is_found_out_and_the_client_may_send_it_aga
 async fn a_commit_that_may_have_arrived_is_not_looked_for_before_it_is_over() {
     for library in BOTH {
         let bank = Bank::of(library).await;
-        let (node, proxy) = node_behind(&bank, library, &bank.control).await;
+        let (node, proxy) = node_behind(&bank, library, &bank.control, 2 * PATIENCE).await;
         for number in 1..=10 {
             proxy.cut_once(Cut::During);
             let key = format!("k{number}");
@@ -103,12 +105,13 @@ async fn a_commit_that_is_slow_to_end_is_waited_for() {
     .await;
     let holder = bank.client().await;
     holder.batch_execute("SELECT pg_advisory_lock(1)").await.unwrap();
-    let (node, proxy) = node_behind(&bank, Library::TokioPostgres, &bank.control).await;
-    proxy.cut_once(Cut::During);
+    let (node, proxy) = node_behind(&bank, Library::TokioPostgres, &bank.control, 2 * PATIENCE).await;
     let first = spawn(&node, order("k", 5, ""));
-    // Who looks whether it was committed waits for its lock.
     let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted \
                  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+    while bank.look::<i64>(waits).await < 1 {}
+    proxy.sever();
+    // Who looks whether it was committed waits for its lock.
     while bank.look::<i64>(waits).await < 2 {}
     holder.batch_execute("SELECT pg_advisory_unlock(1)").await.unwrap();
     let first = first.await.unwrap();
@@ -120,7 +123,7 @@ async fn a_commit_that_is_slow_to_end_is_waited_for() {
 async fn where_it_cannot_be_found_out_nobody_is_told_that_it_is_done_and_the_next_request_learns_it() {
     for library in BOTH {
         let bank = Bank::of(library).await;
-        let (node, proxy) = node_behind(&bank, library, &bank.control).await;
+        let (node, proxy) = node_behind(&bank, library, &bank.control, Duration::from_secs(2)).await;
         proxy.refuse_after_cut.store(true, SeqCst);
         proxy.cut_once(Cut::After);
         let first = call(&node, order("k", 5, "")).await;
@@ -162,8 +165,9 @@ async fn a_backend_that_is_terminated_takes_the_request_with_it_and_the_next_one
 #[tokio::test]
 async fn a_server_that_crashes_while_a_handler_runs_forgets_it_and_the_next_request_runs() {
     for library in BOTH {
+        let quick = |layer: IdempotencyLayer| layer.store_timeout(Duration::from_secs(2));
         let server = Arc::new(Postgres::start(&[]));
-        let mut bank = Bank::on(&server, library, gated(), |layer| layer).await;
+        let mut bank = Bank::on(&server, library, gated(), quick).await;
         drop(server);
         bank.control.let_go();
         let before = bank.ask(order("before", 5, "")).await;
@@ -186,9 +190,8 @@ async fn a_server_that_crashes_while_a_handler_runs_forgets_it_and_the_next_requ
 #[tokio::test]
 async fn a_conflict_of_serializable_transactions_is_rolled_back_and_the_client_may_send_it_again() {
     for library in BOTH {
-        let bank = Bank::with(library, gated(), |layer| layer).await;
-        bank.say("ALTER ROLE postgres SET default_transaction_isolation = 'serializable'")
-            .await;
+        let server = Arc::new(Postgres::start(&["default_transaction_isolation=serializable"]));
+        let bank = Bank::on(&server, library, gated(), |layer| layer).await;
         let counting = |key: &str| bank::counting(key);
         let (one, two) = (spawn(&bank.app, counting("a")), spawn(&bank.app, counting("b")));
         bank.control.entered().await;
@@ -216,7 +219,7 @@ async fn a_conflict_of_serializable_transactions_is_rolled_back_and_the_client_m
 #[tokio::test]
 async fn a_request_that_gets_no_connection_is_refused_and_nothing_is_left_of_it() {
     for library in BOTH {
-        let quick = |layer: IdempotencyLayer| layer.store_timeout(Duration::from_millis(300));
+        let quick = |layer: IdempotencyLayer| layer.store_timeout(Duration::from_secs(1));
         let bank = Bank::with(library, gated(), quick).await;
         // As many as there are connections.
         let busy: Vec<_> = (0..4)
@@ -247,11 +250,16 @@ async fn a_server_without_a_connection_to_spare_is_a_refusal() {
         let server = Arc::new(Postgres::start(&[
             "max_connections=10",
             "superuser_reserved_connections=0",
+            "max_wal_senders=0",
         ]));
-        let quick = |layer: IdempotencyLayer| layer.store_timeout(Duration::from_millis(300));
+        let quick = |layer: IdempotencyLayer| layer.store_timeout(Duration::from_secs(1));
         let bank = Bank::on(&server, library, gated(), quick).await;
         let first = spawn(&bank.app, bank::counting("a"));
         bank.control.entered().await;
+        // Those of the pools that nobody uses.
+        let watcher = bank.client().await;
+        let idle = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE state = 'idle'";
+        watcher.batch_execute(idle).await.unwrap();
         let mut all = Vec::new();
         while let Ok((client, connection)) = tokio_postgres::connect(&bank.url(), tokio_postgres::NoTls).await {
             tokio::spawn(connection);

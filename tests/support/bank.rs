@@ -1,8 +1,11 @@
 //! A bank whose handlers work in the layer's transactions, by either client.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering::SeqCst},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
 };
 
 use axum::{
@@ -17,7 +20,7 @@ use deadpool_postgres::Pool;
 use http::{Request, StatusCode};
 use serde::Deserialize;
 use serde_json::json;
-use sqlx::{Executor, postgres::PgPoolOptions};
+use sqlx::{Executor, PgPool, postgres::PgPoolOptions};
 use tokio_postgres::{NoTls, types::FromSqlOwned};
 use tower_idempotency::{
     Guarantee, IdempotencyLayer, Keep, MissingTransaction, PostgresStore, PostgresTable, PostgresTransaction,
@@ -77,6 +80,9 @@ impl<S: Send + Sync> FromRequestParts<S> for AnyTransaction {
         }
     }
 }
+
+/// So long a step may take on a machine that has much to do. Where it is the time itself that matters, tests set less.
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// How many accounts there are, each with as much money.
 pub const ACCOUNTS: i64 = 10;
@@ -140,7 +146,8 @@ impl Bank {
         let store = store(library, &url, pool).await;
         let layer = IdempotencyLayer::new(store.clone())
             .guarantee(Guarantee::Transactional)
-            .require_key();
+            .require_key()
+            .store_timeout(2 * PATIENCE);
         let layer = set(layer);
         Self {
             app: app(&control, layer.clone()),
@@ -208,15 +215,11 @@ fn database_url(server: &Postgres, database: &str) -> String {
 }
 
 pub async fn store(library: Library, url: &str, pool: Pool) -> PostgresStore {
-    let store = PostgresStore::builder().connect_pool(pool).await.expect("a store");
+    let store = PostgresStore::builder().timeout(PATIENCE);
+    let store = store.connect_pool(pool).await.expect("a store");
     match library {
         Library::TokioPostgres => store,
-        Library::Sqlx => store.with_sqlx(
-            PgPoolOptions::new()
-                .max_connections(4)
-                .connect_lazy(url)
-                .expect("a URL"),
-        ),
+        Library::Sqlx => store.with_sqlx(sqlx_pool(url, 4)),
     }
 }
 
@@ -330,4 +333,9 @@ pub fn plain(control: &Control, layer: IdempotencyLayer) -> Router {
         .route("/transfer", post(handler))
         .layer(layer)
         .with_state(control.clone())
+}
+
+pub fn sqlx_pool(url: &str, connections: u32) -> PgPool {
+    let pool = PgPoolOptions::new().max_connections(connections);
+    pool.connect_lazy(url).expect("a URL")
 }

@@ -11,6 +11,7 @@ use std::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::Notify,
     task::JoinSet,
 };
 
@@ -35,6 +36,7 @@ pub struct CommitProxy {
     pub refuse_after_cut: Arc<AtomicBool>,
     refuse: Arc<AtomicBool>,
     cuts: Arc<AtomicUsize>,
+    sever: Arc<Notify>,
     _connections: JoinSet<()>,
 }
 
@@ -45,12 +47,14 @@ impl CommitProxy {
         let next: Arc<Mutex<Box<Next>>> = Arc::new(Mutex::new(Box::new(|| None)));
         let (refuse_after_cut, refuse): (Arc<AtomicBool>, Arc<AtomicBool>) = Default::default();
         let cuts = Arc::<AtomicUsize>::default();
+        let sever = Arc::<Notify>::default();
         let mut connections = JoinSet::new();
         let pass = Passing {
             next: Arc::clone(&next),
             refuse_after_cut: Arc::clone(&refuse_after_cut),
             refuse: Arc::clone(&refuse),
             cuts: Arc::clone(&cuts),
+            sever: Arc::clone(&sever),
         };
         connections.spawn(async move {
             let mut passing = JoinSet::new();
@@ -71,6 +75,7 @@ impl CommitProxy {
             refuse_after_cut,
             refuse,
             cuts,
+            sever,
             _connections: connections,
         }
     }
@@ -88,6 +93,11 @@ impl CommitProxy {
     /// Each COMMIT meets what this says.
     pub fn cut_by(&self, next: impl FnMut() -> Option<Cut> + Send + 'static) {
         *self.next.lock().unwrap() = Box::new(next);
+    }
+
+    /// Cuts all connections that stand, whatever they are at.
+    pub fn sever(&self) {
+        self.sever.notify_waiters();
     }
 
     /// How many COMMITs were cut.
@@ -108,6 +118,7 @@ struct Passing {
     refuse_after_cut: Arc<AtomicBool>,
     refuse: Arc<AtomicBool>,
     cuts: Arc<AtomicUsize>,
+    sever: Arc<Notify>,
 }
 
 fn contains(bytes: &[u8], part: &[u8]) -> bool {
@@ -120,6 +131,7 @@ impl Passing {
         let (mut asked, mut answered) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
         loop {
             tokio::select! {
+                () = self.sever.notified() => return,
                 read = client.read(&mut asked) => {
                     let Ok(length @ 1..) = read else { return };
                     let asked = &asked[..length];

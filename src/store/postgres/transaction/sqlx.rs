@@ -67,8 +67,14 @@ impl Connection for Open {
         // sqlx ends a transaction with a statement of its own, which would be one more flight. So the next one begins at
         // once, empty, and that is what it rolls back when the connection returns to its pool.
         flight.push(Say::Plain("COMMIT AND CHAIN"));
-        (*self).execute(&*text(flight)).await?;
-        Ok(())
+        match (*self).execute(&*text(flight)).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                // Before anybody is told that it failed: the next attempt may come at once.
+                let _ = self.rollback().await;
+                Err(error.into())
+            }
+        }
     }
 
     async fn roll_back(mut self, check: Option<Say>) -> Result<(), Failure> {

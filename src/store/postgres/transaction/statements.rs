@@ -69,12 +69,18 @@ impl TransactionStatements {
              purge_at = CASE WHEN $5::bigint < retention OR $5::bigint < {FOREVER} AND purge_at = 'infinity' \
              THEN {completed_until} ELSE purge_at END"
         );
+        // For what follows in this transaction until a look.
+        let bounded = |time: &str| {
+            format!(
+                "set_config('tower_idempotency.lock_timeout', current_setting('lock_timeout'), true), \
+                 set_config('lock_timeout', {time}::text, true)"
+            )
+        };
+        let waiting = bounded("$8");
         let (lock, look_lock) = (held("$6", "$7"), held("$3", "$4"));
         Self {
             claim: format!(
-                "WITH asked AS MATERIALIZED (SELECT \
-                 set_config('tower_idempotency.lock_timeout', current_setting('lock_timeout'), true), \
-                 set_config('lock_timeout', $8::text, true), \
+                "WITH asked AS MATERIALIZED (SELECT {waiting}, \
                  CASE WHEN EXISTS (SELECT FROM {table} WHERE id = $1::bytea AND expires_at > clock_timestamp()) \
                  THEN -1 ELSE {lock} END AS held) \
                  INSERT INTO {table} (id, owner, fence, state, algorithm, fingerprint, lease_until, expires_at, \
@@ -85,7 +91,7 @@ impl TransactionStatements {
             look: format!(
                 "SELECT set_config('lock_timeout', current_setting('tower_idempotency.lock_timeout'), true), \
                  CASE WHEN found.fence IS NOT NULL AND NOT found.expired THEN 0 ELSE {look_lock} END AS held, found.* \
-                 FROM (SELECT) AS one LEFT JOIN (SELECT {ours} AS claimed, {record} FROM {table} \
+                 FROM (SELECT) AS one LEFT JOIN (SELECT coalesce({ours}, false) AS claimed, {record} FROM {table} \
                  WHERE id = $1::bytea) AS found ON true"
             )
             .into(),
@@ -103,8 +109,11 @@ impl TransactionStatements {
             .into(),
             check: format!("SELECT 1 / count(*) AS done FROM {table} WHERE id = $1::bytea AND {ours}").into(),
             claim_expired: statements.claim_expired.as_str().into(),
-            wait: "SELECT set_config('lock_timeout', $2::text, true), pg_advisory_xact_lock($1::bigint)::text AS over"
-                .into(),
+            wait: format!(
+                "SELECT {bounded}, pg_advisory_xact_lock($1::bigint)::text AS over",
+                bounded = bounded("$2")
+            )
+            .into(),
         }
     }
 }
