@@ -22,7 +22,10 @@ use support::{
     app::{gated, keyed, pay, spawn},
     demo::Demo,
     http::{Answer, post, read},
-    redis::Redis,
+    redis::{Redis, free_port},
+    redis_cluster::Cluster,
+    redis_sentinel::Watched,
+    redis_tls::Authority,
     serve::assert_replay,
 };
 use tokio::{net::TcpStream, task::JoinSet};
@@ -215,6 +218,49 @@ async fn a_duplicate_on_another_node_waits_for_the_answer_and_gets_it() {
         assert_eq!(answer.body, first.body);
     }
     assert_eq!(control.runs(), 1);
+}
+
+/// Two nodes, each of which replays what the other answered.
+async fn assert_shared(url: &str, certificates: Option<&Authority>) {
+    let start = || {
+        let mut command = Demo::command();
+        command.args(["--store", url]);
+        if let Some(authority) = certificates {
+            // What the system trusts.
+            command.env("SSL_CERT_FILE", authority.path("authority.crt"));
+        }
+        Demo::run(command)
+    };
+    let (first, second) = (start(), start());
+    for (number, node, other) in [(1, &first, &second), (2, &second, &first)] {
+        let key = format!("key-{number}");
+        let header = [("idempotency-key", key.as_str())];
+        let answer = node.post(PATH, &header, &body(&key)).await;
+        assert_eq!(answer.status, StatusCode::CREATED, "{url}");
+        assert_replay(&answer, &other.post(PATH, &header, &body(&key)).await);
+    }
+}
+
+#[tokio::test]
+async fn nodes_share_a_cluster() {
+    let cluster = Cluster::start(3, &[]).await;
+    assert_shared(&cluster.url(), None).await;
+}
+
+#[tokio::test]
+async fn nodes_share_what_sentinels_watch_over() {
+    let watched = Watched::start(&[]).await;
+    assert_shared(&watched.url(), None).await;
+}
+
+#[cfg(feature = "redis-tls")]
+#[tokio::test]
+async fn nodes_share_a_server_in_secret() {
+    let (authority, port) = (Authority::new(), free_port());
+    let options = authority.options(port, false);
+    let options: Vec<_> = options.iter().map(String::as_str).collect();
+    let _server = Redis::start(&options);
+    assert_shared(&format!("rediss://localhost:{port}"), Some(&authority)).await;
 }
 
 /// The load's requests that were answered so far.

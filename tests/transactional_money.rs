@@ -288,7 +288,7 @@ async fn money_is_conserved_each_operation_happens_once_and_each_answer_is_repla
     let url = postgres::url(proxy.port());
     let start = |library| Node::start(library, &url);
     let (one, two) = tokio::task::block_in_place(|| (start(Library::TokioPostgres), start(Library::Sqlx)));
-    let mut nodes = vec![one.0, two.0];
+    let mut nodes = [one.0, two.0];
     let world = Arc::new(World {
         nodes: Mutex::new(vec![one.1, two.1]),
         next: AtomicUsize::default(),
