@@ -171,7 +171,8 @@ pub async fn load_through<S: Send + 'static>(
     for (key, answers) in &answers {
         if answers.iter().any(|answer| answer.status == StatusCode::CREATED) {
             let header = [("idempotency-key", key.as_str())];
-            nodes[0].settled(PATH, &header, &body(key)).await;
+            let is_paid = |answer: &Answer| answer.status == StatusCode::CREATED;
+            nodes[0].until(PATH, &header, &body(key), is_paid).await;
         }
     }
     end_leases(&server).await;
