@@ -9,7 +9,7 @@ use std::time::Duration;
 use http::StatusCode;
 use support::{
     app::{call, gated, open, spawn},
-    bank::{ACCOUNTS, BALANCE, BOTH, Bank, Library, app, order},
+    bank::{self, ACCOUNTS, BALANCE, BOTH, Bank, Library, app, order},
 };
 use tower_idempotency::{Concurrent, Guarantee, IdempotencyLayer, PostgresStore};
 
@@ -35,7 +35,7 @@ async fn many_more_duplicates_wait_than_there_are_connections_and_all_get_the_an
         let others: Vec<_> = (0..20).map(|_| spawn(&bank.app, order("k", 5, ""))).collect();
         waited(&bank.layer, 20).await;
         // Others are served meanwhile, although there are four connections alone.
-        let another = spawn(&bank.app, order("other", 5, ""));
+        let another = spawn(&bank.app, bank::counting("other"));
         bank.control.entered().await;
         bank.control.let_go();
         bank.control.let_go();

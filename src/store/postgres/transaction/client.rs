@@ -60,6 +60,7 @@ impl Source for ClientSource {
         for sql in later {
             open.prepare(sql).await?;
         }
+        let answered = looks.len();
         let flight: Vec<_> = [Say::Plain("BEGIN")]
             .into_iter()
             .chain(claims)
@@ -67,7 +68,9 @@ impl Source for ClientSource {
             .chain([Say::Plain(SAVEPOINT)])
             .collect();
         let rows = open.say(&flight).await?;
-        let looked = rows.iter().flatten().map(Looked::read).collect::<Result<_, _>>()?;
+        let rows: Vec<_> = rows.into_iter().flatten().collect();
+        let looked = rows[rows.len().saturating_sub(answered)..].iter();
+        let looked = looked.map(Looked::read).collect::<Result<_, _>>()?;
         Ok((open, looked))
     }
 
