@@ -144,6 +144,8 @@ async fn a_claim_waits_no_longer_for_a_locked_table_than_the_store_does_and_the_
         };
         let layer = IdempotencyLayer::new(store).guarantee(Guarantee::Transactional);
         let node = app(&bank.control, layer.store_timeout(Duration::from_secs(60)));
+        // With a connection whose statements are prepared: that would wait, too.
+        assert_eq!(call(&node, order("warm", 5, "")).await.status, StatusCode::CREATED);
         let migration = bank.client().await;
         migration
             .batch_execute("BEGIN; LOCK TABLE idempotency_records")

@@ -67,7 +67,16 @@ impl Source for ClientSource {
             .chain(looks)
             .chain([Say::Plain(SAVEPOINT)])
             .collect();
-        let rows = open.say(&flight).await?;
+        let rows = match open.say(&flight).await {
+            Ok(rows) => rows,
+            Err(failure) => {
+                if failure.code.is_some() && !failure.fatal {
+                    // The connection is well, and its statements are prepared.
+                    let _ = open.end(vec![Say::Plain("ROLLBACK")]).await;
+                }
+                return Err(failure);
+            }
+        };
         let rows: Vec<_> = rows.into_iter().flatten().collect();
         let looked = rows[rows.len().saturating_sub(answered)..].iter();
         let looked = looked.map(Looked::read).collect::<Result<_, _>>()?;
