@@ -11,6 +11,8 @@ pub mod http;
 #[cfg(all(feature = "file", feature = "testing"))]
 pub mod medium;
 pub mod midaspay;
+#[cfg(any(feature = "redis", feature = "postgres"))]
+pub mod nodes;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 #[cfg(any(feature = "redis", feature = "postgres"))]
