@@ -13,6 +13,8 @@ mod redis;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
+#[cfg(all(feature = "redis", any(test, fuzzing)))]
+pub(crate) use self::redis::look_at_redis_record;
 pub(crate) use self::any::{Call, DynStore};
 #[cfg(feature = "cached")]
 pub use self::cached::{Cached, CachedBuilder};

@@ -25,6 +25,8 @@ mod nodes;
 mod planted;
 #[cfg(feature = "redis")]
 mod redis;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod rules;
 mod runner;
 mod store;
