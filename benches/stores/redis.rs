@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use redis::{Cmd, Value, aio::MultiplexedConnection};
+use redis::{AsyncConnectionConfig, Cmd, Value, aio::MultiplexedConnection};
 use tower_idempotency::{Begin, RedisStore, Store};
 
 use crate::{
@@ -88,8 +88,14 @@ pub async fn measure(options: &Options) {
     Beside::<fn() -> std::future::Ready<f64>>::heading();
     let server = Server::start();
     let client = redis::Client::open(server.url.as_str()).unwrap();
-    let store = RedisStore::connect(&server.url).await.unwrap();
-    let connection = || async { client.get_multiplexed_async_connection().await.unwrap() };
+    // Neither is to give up where the machine is busy with something else.
+    let patient = RedisStore::builder().timeout(Duration::from_secs(30));
+    let store = patient.connect(&server.url).await.unwrap();
+    let config = AsyncConnectionConfig::new().set_response_timeout(None);
+    let connection = || async {
+        let connection = client.get_multiplexed_async_connection_with_config(&config).await;
+        connection.unwrap()
+    };
     let floor = connection().await;
     let asked = connection().await;
     let bench = Beside {
