@@ -225,10 +225,7 @@ async fn a_repeated_completion_succeeds_and_changes_nothing() {
     store.complete(&lease, &answer(), MINUTE.into()).await.unwrap();
     let before: Vec<u8> = server.ask(&["GET", &key(1)]).await;
     let other = StoredResponse::not_kept(StatusCode::ACCEPTED);
-    let written = server.calls("setrange").await;
     store.complete(&lease, &other, Retention::Forever).await.unwrap();
-    // For replicas that are waited for: a server may count what this connection wrote, and the first try's is gone.
-    assert_eq!(server.calls("setrange").await, written + 1);
     assert_eq!(server.ask::<Vec<u8>>(&["GET", &key(1)]).await, before);
     let left: i64 = server.ask(&["PTTL", &key(1)]).await;
     assert!(left > 0, "it still expires");
