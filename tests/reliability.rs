@@ -11,7 +11,9 @@ const UNUSED: [u32; 3] = [58, 60, 74];
 
 fn rows() -> impl Iterator<Item = Vec<&'static str>> {
     let cases = PAGE.split_once("## Case by case").expect("the heading is there").1;
-    let rows = cases.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| #"));
+    let rows = cases
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| #"));
     rows.map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
 }
 

@@ -23,10 +23,10 @@ mod memory;
 mod nodes;
 #[cfg(seeded_bug)]
 mod planted;
-#[cfg(feature = "redis")]
-mod redis;
 #[cfg(feature = "postgres")]
 mod postgres;
+#[cfg(feature = "redis")]
+mod redis;
 mod rules;
 mod runner;
 mod store;

@@ -23,7 +23,12 @@ struct Server {
 
 impl Arena for Server {
     const NAME: &'static str = "postgres";
-    const FAULTS: &'static [&'static str] = &["server paused", "server killed", "network lost an answer", "network gone"];
+    const FAULTS: &'static [&'static str] = &[
+        "server paused",
+        "server killed",
+        "network lost an answer",
+        "network gone",
+    ];
 
     async fn open(&mut self) -> AnyStore {
         self.postgres.say("DROP TABLE IF EXISTS idempotency_records").await;
@@ -72,7 +77,10 @@ impl Arena for Server {
 
     async fn stock(&mut self) -> (u64, u64, u64) {
         let records: i64 = self.postgres.ask("SELECT count(*) FROM idempotency_records").await;
-        let bytes: i64 = self.postgres.ask("SELECT pg_total_relation_size('idempotency_records')").await;
+        let bytes: i64 = self
+            .postgres
+            .ask("SELECT pg_total_relation_size('idempotency_records')")
+            .await;
         (records as u64, bytes as u64, 64 << 20)
     }
 }
