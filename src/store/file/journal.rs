@@ -266,13 +266,18 @@ mod tests {
         first + out.len() / SECTOR
     }
 
-    /// Three entries of epoch 7, after a longer epoch 6, and where each begins.
-    fn journal() -> (Vec<u8>, [usize; 4]) {
+    fn epoch_6() -> Vec<u8> {
         let mut bytes = vec![0; 16 * BLOCK as usize];
         let mut at = 0;
         for number in 0..5 {
             at = write(&mut bytes, at, place(6, 1, number));
         }
+        bytes
+    }
+
+    /// Three entries of epoch 7, after a longer epoch 6, and where each begins.
+    fn journal() -> (Vec<u8>, [usize; 4]) {
+        let mut bytes = epoch_6();
         let mut begins = [0; 4];
         for number in 0..3 {
             begins[number + 1] = write(&mut bytes, begins[number], place(7, 2, number as u32));
@@ -309,15 +314,7 @@ mod tests {
     #[test]
     fn a_last_entry_of_which_any_sector_was_not_written_was_never_acknowledged() {
         let (whole, begins) = journal();
-        for old in [vec![0; whole.len()], {
-            // What epoch 6 left there.
-            let mut bytes = vec![0; whole.len()];
-            let mut at = 0;
-            for number in 0..5 {
-                at = write(&mut bytes, at, place(6, 1, number));
-            }
-            bytes
-        }] {
+        for old in [vec![0; whole.len()], epoch_6()] {
             for lost in 1..1 << sectors_of(2) {
                 let mut bytes = whole.clone();
                 for sector in (0..sectors_of(2)).filter(|sector| lost & (1 << sector) != 0) {
@@ -396,7 +393,9 @@ mod tests {
     fn an_entry_begins_a_block_of_its_own() {
         let (_, begins) = journal();
         assert!(
-            begins.iter().all(|begin| begin * SECTOR % BLOCK as usize == 0),
+            begins
+                .iter()
+                .all(|begin| (begin * SECTOR).is_multiple_of(BLOCK as usize)),
             "{begins:?}"
         );
     }
