@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// What the service answered.
-enum Ran<R: Body, E> {
+pub(crate) enum Ran<R: Body, E> {
     /// The service could not take the request.
     NotReady(E),
     Failed(E),
@@ -45,7 +45,7 @@ enum Ran<R: Body, E> {
 }
 
 /// What the caller gets: an answer, the service's error, or its panic.
-type Reply<R, E> = thread::Result<Result<Response<ResponseBody<R>>, E>>;
+pub(crate) type Reply<R, E> = thread::Result<Result<Response<ResponseBody<R>>, E>>;
 
 impl<S> Exchange<S> {
     /// Runs the service under a lease and tells the store how it ended before anybody else hears of it.
@@ -102,7 +102,7 @@ impl<S> Exchange<S> {
         async move {
             let (outcome, reply) = {
                 let call = pin!(call(service, request, guard.policy()));
-                judge(guard.hold(catch_panic(call)).await, &guard, marked.as_ref())
+                judge(guard.hold(catch_panic(call)).await, guard.policy(), marked.as_ref())
             };
             #[cfg(seeded_bug)]
             if crate::seeded::is("replies before it records") {
@@ -132,7 +132,11 @@ impl<S> Exchange<S> {
 }
 
 #[allow(clippy::manual_async_fn, reason = "an async fn holds its arguments twice")]
-fn call<S, B, R>(mut service: S, request: Request<B>, policy: &Policy) -> impl Future<Output = Ran<R, S::Error>>
+pub(crate) fn call<S, B, R>(
+    mut service: S,
+    request: Request<B>,
+    policy: &Policy,
+) -> impl Future<Output = Ran<R, S::Error>>
 where
     S: Service<Request<B>, Response = Response<R>>,
     R: Body,
@@ -173,12 +177,11 @@ where
 }
 
 /// What the store is told, and what the caller gets.
-fn judge<R: Body, E>(
+pub(crate) fn judge<R: Body, E>(
     ran: thread::Result<Ran<R, E>>,
-    guard: &Guard,
+    policy: &Policy,
     marked: Option<&IdempotencyKey>,
 ) -> (Outcome, Reply<R, E>) {
-    let policy = guard.policy();
     let answer = |parts, body| Ok(Ok(Response::from_parts(parts, body)));
     let executed = |mut parts: response::Parts, body| {
         if let Some(key) = marked {
@@ -233,7 +236,7 @@ pub(crate) async fn ready<S: Service<Q>, Q>(service: &mut S) -> Result<(), S::Er
 }
 
 /// A panic of the handler as a value, so that the store hears of it before it goes on.
-fn catch_panic<F: Future>(
+pub(crate) fn catch_panic<F: Future>(
     mut work: Pin<&mut F>,
 ) -> impl Future<Output = Result<F::Output, Box<dyn Any + Send>>> + Unpin {
     // Unwind safety: nothing looks at `work` after it panicked.
