@@ -13,7 +13,7 @@ use std::{
 };
 
 use cpu_time::ProcessTime;
-use redis::{Cmd, Value, aio::MultiplexedConnection};
+use redis::{AsyncConnectionConfig, Cmd, Value, aio::MultiplexedConnection};
 use tower_idempotency::{Begin, RedisStore, Store};
 
 use crate::{
@@ -190,8 +190,14 @@ pub async fn measure(options: &Options) {
     println!("step                      at once    steps/s        p50     rate  latency  srv CPU  own CPU");
     let server = Server::start();
     let client = redis::Client::open(server.url.as_str()).unwrap();
-    let store = RedisStore::connect(&server.url).await.unwrap();
-    let connection = || async { client.get_multiplexed_async_connection().await.unwrap() };
+    // Neither is to give up where the machine is busy with something else.
+    let patient = RedisStore::builder().timeout(Duration::from_secs(30));
+    let store = patient.connect(&server.url).await.unwrap();
+    let config = AsyncConnectionConfig::new().set_response_timeout(None);
+    let connection = || async {
+        let connection = client.get_multiplexed_async_connection_with_config(&config).await;
+        connection.unwrap()
+    };
     let floor = connection().await;
     let mut bench = Bench {
         connection: connection().await,
