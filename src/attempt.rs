@@ -96,6 +96,14 @@ impl<S> Exchange<S> {
                 let call = pin!(call(self, guard.policy()));
                 judge(guard.hold(catch_panic(call)).await, guard.policy(), marked.as_ref())
             };
+            #[cfg(seeded_bug)]
+            if crate::seeded::is("replies before it records") {
+                tokio::spawn(async move {
+                    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                    guard.settle(outcome).await;
+                });
+                return Step::Done(reply.unwrap_or_else(|panic| resume_unwind(panic)));
+            }
             guard.settle(outcome).await;
             Step::Done(reply.unwrap_or_else(|panic| resume_unwind(panic)))
         }
@@ -156,6 +164,8 @@ where
         Some(Keep::OnlyTheFact) => return Ran::Stream(parts, body, policy.kept_for()),
         Some(Keep::AnswerFor(retention)) => retention,
         Some(Keep::Answer) => policy.kept_for(),
+        #[cfg(seeded_bug)]
+        None if crate::seeded::is("keeps what did not execute") => policy.kept_for(),
         None if policy.store_when.holds(status()) => policy.kept_for(),
         None => return Ran::NotExecuted(parts, body),
     };
@@ -185,6 +195,8 @@ fn judge<R: Body, E>(
         answer(parts, body)
     };
     match ran {
+        #[cfg(seeded_bug)]
+        Err(panic) if crate::seeded::is("frees what panicked") => (Outcome::NotExecuted, Err(panic)),
         Err(panic) => (Outcome::Unknown, Err(panic)),
         Ok(Ran::Failed(error)) => (Outcome::Unknown, Ok(Err(error))),
         Ok(Ran::NotReady(error)) => (Outcome::NotExecuted, Ok(Err(error))),

@@ -229,6 +229,10 @@ pub(crate) async fn begin(shared: &Arc<Shared>, id: &RecordId, claim: &Claim) ->
 
 impl<S> Exchange<S> {
     fn compare(&self, begin: &Begin) -> Comparison {
+        #[cfg(seeded_bug)]
+        if crate::seeded::is("forgets fingerprints") {
+            return Comparison::Same;
+        }
         let stored = match begin {
             Begin::Acquired(_) => return Comparison::Same,
             Begin::InProgress { fingerprint, .. }
@@ -240,6 +244,10 @@ impl<S> Exchange<S> {
     }
 
     fn may_run_without_store(&self, error: &StoreError) -> bool {
+        #[cfg(seeded_bug)]
+        if crate::seeded::is("runs without its store") {
+            return true;
+        }
         self.shared.policy.run_without_store
             && matches!(error.kind(), StoreErrorKind::Unavailable | StoreErrorKind::Other)
     }
@@ -273,6 +281,19 @@ impl<S> Exchange<S> {
         let policy = &self.shared.policy;
         let (status, body) = policy.replay.rewrite(status, &mut headers, body, &self.parts);
         policy.mark(&self.identity.key, &mut headers);
+        #[cfg(seeded_bug)]
+        let body = match crate::seeded::is("replays half a body") {
+            true => body.slice(..body.len() / 2),
+            false => body,
+        };
+        #[cfg(seeded_bug)]
+        let policy = &match crate::seeded::is("replays without a marker") {
+            true => Policy {
+                replay_marker: None,
+                ..policy.clone()
+            },
+            false => policy.clone(),
+        };
         if let Some((name, value)) = &policy.replay_marker {
             headers.insert(name, value.clone());
         }

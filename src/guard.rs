@@ -110,6 +110,10 @@ impl Guard {
 
     /// Returns only when the lease of the operation's own record is lost.
     async fn renew_while_held(&self) {
+        #[cfg(seeded_bug)]
+        if crate::seeded::is("never renews") {
+            return;
+        }
         let length = self.shared.policy.lease;
         let mut pause = length / 3;
         loop {
@@ -142,6 +146,10 @@ impl Guard {
         outcome.become_that_of_attempt(&self.lease);
         self.count(&outcome);
         if !settle_one(&self.shared, &self.lease, &outcome).await {
+            #[cfg(seeded_bug)]
+            if crate::seeded::is("frees what it cannot record") {
+                outcome = Outcome::NotExecuted;
+            }
             settle_later(&self.shared, self.lease, outcome);
         }
         self.settled = true;
@@ -238,6 +246,11 @@ async fn apply(shared: &Shared, lease: &Lease, outcome: &Outcome) -> Result<(), 
     match outcome {
         Outcome::Completed(response, retention) => {
             let retention = *retention;
+            #[cfg(seeded_bug)]
+            let retention = match crate::seeded::is("forgets what completed") {
+                true => Retention::For(Duration::ZERO),
+                false => retention,
+            };
             match shared.call(store.complete(lease, response, retention)).await {
                 Err(error) if error.kind() == StoreErrorKind::Full && response.is_kept() => {
                     tracing::warn!(record = %lease.id, "the store has no room for the answer, which is not kept");
@@ -255,6 +268,10 @@ async fn apply(shared: &Shared, lease: &Lease, outcome: &Outcome) -> Result<(), 
 /// Goes on telling the store for as long as a lease lasts, with growing pauses. After that the lease is over, and the
 /// record says by itself that the outcome is unknown.
 pub(crate) fn settle_later(shared: &Arc<Shared>, lease: Lease, outcome: Outcome) {
+    #[cfg(seeded_bug)]
+    if crate::seeded::is("gives up at once") {
+        return;
+    }
     let Ok(runtime) = Handle::try_current() else { return };
     // While the store is away every request may leave such a task behind: their number has a limit.
     let Ok(permit) = Arc::clone(&shared.settling).try_acquire_owned() else {

@@ -30,6 +30,9 @@ mod record;
 mod rejection;
 mod routes;
 mod scope;
+#[cfg(seeded_bug)]
+#[doc(hidden)]
+pub mod seeded;
 mod service;
 mod shared;
 mod statuses;
@@ -62,6 +65,10 @@ pub use self::{
     store::{AnyStore, MemoryStore, MemoryStoreBuilder, Store},
 };
 
+#[cfg(feature = "cached")]
+pub use self::store::{Cached, CachedBuilder};
+#[cfg(feature = "postgres")]
+pub use self::store::{PostgresStore, PostgresStoreBuilder, PostgresTable};
 #[cfg(feature = "redis")]
 pub use self::store::{RedisStore, RedisStoreBuilder};
 

@@ -101,6 +101,8 @@ pub struct Claim {
     pub retention: Retention,
     /// Take over the record that this lease was lost on, and no other.
     pub takeover: Option<Lease>,
+    /// Say how long a completed record is still kept, even if that costs a little more.
+    pub asks_for_remaining: bool,
 }
 
 impl Claim {
@@ -112,6 +114,7 @@ impl Claim {
             lease,
             retention,
             takeover: None,
+            asks_for_remaining: false,
         }
     }
 
@@ -119,6 +122,13 @@ impl Claim {
     #[must_use]
     pub fn taking_over(mut self, lost: Lease) -> Self {
         self.takeover = Some(lost);
+        self
+    }
+
+    /// The same claim, which also wants to know how long a completed record is still kept: for those who keep a copy.
+    #[must_use]
+    pub fn asking_for_remaining(mut self) -> Self {
+        self.asks_for_remaining = true;
         self
     }
 }
@@ -168,5 +178,8 @@ pub enum Begin {
         fingerprint: Fingerprint,
         /// The answer, or the fact that it was not kept.
         response: StoredResponse,
+        /// The record is kept at least this long, from the moment on at which `begin` was called. `None` if the store
+        /// does not know, or [was not asked](Claim::asks_for_remaining).
+        remaining: Option<Retention>,
     },
 }

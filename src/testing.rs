@@ -229,6 +229,7 @@ impl<S: Store> Bench<S> {
             Begin::Completed {
                 fingerprint: found,
                 response: kept,
+                ..
             } if found == fingerprint(request) && kept == *response => Ok(()),
             other => Err(format!(
                 "it is {other:?} where it had to be completed by request {request}"

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -84,6 +84,8 @@ async fn every_flaw_is_found_under_the_sentence_that_it_breaks() {
         (Flaw::RefusesALateCompletion, 4),
         (Flaw::CompletesTwice, 4),
         (Flaw::AbandonsLater, 4),
+        (Flaw::RevivesByARepeatedClaim, 2),
+        (Flaw::RevivesByARenewal, 4),
         (Flaw::LeasesTooShort, 5),
         (Flaw::ForgetsTheRenewal, 5),
         (Flaw::ForgetsWhatWasAbandoned, 6),
@@ -93,6 +95,8 @@ async fn every_flaw_is_found_under_the_sentence_that_it_breaks() {
         (Flaw::NeverForgets, 6),
         (Flaw::ChangesTheAnswer, 10),
         (Flaw::WakesNobody, 11),
+        (Flaw::WakesWhenItRegistersAndNeverAgain, 11),
+        (Flaw::PromisesTooMuch, 12),
     ] {
         assert_broken(flaw, rule).await;
     }
@@ -112,6 +116,7 @@ struct Plain {
     flaw: Flaw,
     records: Mutex<HashMap<RecordId, Record>>,
     changed: Notify,
+    heard: Mutex<HashSet<RecordId>>,
 }
 
 #[derive(Clone)]
@@ -122,6 +127,7 @@ struct Record {
     begun: Instant,
     lease_until: Instant,
     keep: Retention,
+    given_up: bool,
     completed: Option<(StoredResponse, Retention, Instant)>,
 }
 
@@ -142,6 +148,8 @@ enum Flaw {
     RefusesALateCompletion,
     CompletesTwice,
     AbandonsLater,
+    RevivesByARepeatedClaim,
+    RevivesByARenewal,
     LeasesTooShort,
     ForgetsTheRenewal,
     ForgetsWhatWasAbandoned,
@@ -151,6 +159,8 @@ enum Flaw {
     NeverForgets,
     ChangesTheAnswer,
     WakesNobody,
+    WakesWhenItRegistersAndNeverAgain,
+    PromisesTooMuch,
 }
 
 /// Far enough away to be for ever, near enough for a clock to count.
@@ -184,6 +194,7 @@ impl Plain {
             flaw,
             records: Mutex::default(),
             changed: Notify::new(),
+            heard: Mutex::default(),
         }
     }
 
@@ -213,6 +224,7 @@ impl Plain {
                 begun: now,
                 lease_until: after(now, length),
                 keep: claim.retention,
+                given_up: false,
                 completed: None,
             };
             self.records.lock().unwrap().insert(*id, record);
@@ -223,10 +235,23 @@ impl Plain {
             return acquire(fence, claim.fingerprint);
         };
         let fingerprint = record.fingerprint;
-        if let Some((response, ..)) = record.completed {
-            return Begin::Completed { fingerprint, response };
+        if let Some((response, ..)) = record.completed.clone() {
+            let remaining = match record.vacant_at(self.flaw) {
+                at if at - now > EVER / 2 => Retention::Forever,
+                at => Retention::For(at - now),
+            };
+            let remaining = match self.flaw {
+                Flaw::PromisesTooMuch => Retention::For(EVER / 4),
+                _ => remaining,
+            };
+            return Begin::Completed {
+                fingerprint,
+                response,
+                remaining: Some(remaining),
+            };
         }
-        if record.owner == claim.owner && self.flaw != Flaw::RefusesItsOwnOwner {
+        let given_up = record.given_up && self.flaw != Flaw::RevivesByARepeatedClaim;
+        if record.owner == claim.owner && !given_up && self.flaw != Flaw::RefusesItsOwnOwner {
             return acquire(record.fence, fingerprint);
         }
         let lost = Lease::new(*id, record.owner, record.fence);
@@ -272,7 +297,7 @@ impl Plain {
         }
         change(&mut record);
         self.records.lock().unwrap().insert(lease.id, record);
-        if self.flaw != Flaw::WakesNobody {
+        if ![Flaw::WakesNobody, Flaw::WakesWhenItRegistersAndNeverAgain].contains(&self.flaw) {
             self.changed.notify_waiters();
         }
         Ok(())
@@ -306,6 +331,10 @@ impl Store for Plain {
 
     async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
         let until = after(Instant::now(), length);
+        let given_up = self.lookup(&lease.id).is_some_and(|record| record.given_up);
+        if given_up && self.flaw != Flaw::RevivesByARenewal {
+            return Err(StoreErrorKind::Fenced.into());
+        }
         self.change(lease, false, |record| {
             if self.flaw != Flaw::ForgetsTheRenewal {
                 record.lease_until = until;
@@ -323,12 +352,17 @@ impl Store for Plain {
         let now = Instant::now();
         self.change(lease, false, |record| {
             if self.flaw != Flaw::AbandonsLater {
+                record.given_up = true;
                 record.lease_until = now;
             }
         })
     }
 
-    async fn changed(&self, _: &RecordId) {
+    async fn changed(&self, id: &RecordId) {
+        let is_first = self.heard.lock().unwrap().insert(*id);
+        if is_first && self.flaw == Flaw::WakesWhenItRegistersAndNeverAgain {
+            return yield_now().await;
+        }
         self.changed.notified().await;
     }
 }

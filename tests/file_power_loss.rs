@@ -237,9 +237,12 @@ fn is(found: &Begin, known: &Known, number: u64) -> bool {
         (Begin::Abandoned { fingerprint, lost }, Known::Held(lease) | Known::Abandoned(lease)) => {
             (fingerprint, lost) == (&expected, lease)
         }
-        (Begin::Completed { fingerprint, response }, Known::Completed(kept)) => {
-            (fingerprint, response) == (&expected, kept)
-        }
+        (
+            Begin::Completed {
+                fingerprint, response, ..
+            },
+            Known::Completed(kept),
+        ) => (fingerprint, response) == (&expected, kept),
         (Begin::Acquired(lease), Known::Released) => lease.fence == 1,
         _ => false,
     }

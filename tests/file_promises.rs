@@ -364,10 +364,7 @@ async fn changes_of_one_batch_are_made_one_after_the_other() {
         ),
         (Box::pin(async { done(store.release(completed).await) }), fenced),
         (Box::pin(async { done(store.abandon(abandoned).await) }), Ok("done")),
-        (
-            Box::pin(async { done(store.renew(abandoned, MINUTE).await) }),
-            Ok("done"),
-        ),
+        (Box::pin(async { done(store.renew(abandoned, MINUTE).await) }), fenced),
         (Box::pin(async { done(store.abandon(abandoned).await) }), Ok("done")),
         (Box::pin(async { done(store.renew(&wrong, MINUTE).await) }), fenced),
         (Box::pin(async { done(store.release(expired).await) }), Ok("done")),

@@ -12,7 +12,9 @@ use std::{
 };
 
 use http::StatusCode;
-use support::redis::Redis;
+use support::{proxy::Proxy, redis::Redis};
+#[cfg(feature = "cached")]
+use tower_idempotency::Cached;
 use tower_idempotency::{
     Begin, Claim, Fingerprint, Lease, Owner, RecordId, RedisStore, Retention, Store, StoreErrorKind, StoredResponse,
     testing::{self, Subject},
@@ -82,6 +84,33 @@ async fn the_store_keeps_the_contract_under_many_threads() {
     testing::check_races(&Real(Redis::start(&[]))).await.assert();
 }
 
+/// Each node with copies of its own.
+#[cfg(feature = "cached")]
+struct WithCopies(Redis);
+
+#[cfg(feature = "cached")]
+impl Subject for WithCopies {
+    type Store = Cached<RedisStore>;
+
+    async fn store(&self) -> Self::Store {
+        Cached::new(connected(&self.0).await)
+    }
+
+    async fn pass(&self, time: Duration) {
+        tokio::time::sleep(time).await;
+    }
+
+    fn tick(&self) -> Duration {
+        Duration::from_millis(400)
+    }
+}
+
+#[cfg(feature = "cached")]
+#[tokio::test]
+async fn the_store_keeps_the_contract_with_copies_in_front_of_it() {
+    testing::check(&WithCopies(Redis::start(&[]))).await.assert();
+}
+
 async fn look(store: &RedisStore, number: u8) -> Begin {
     store.begin(&id(number), &claim()).await.unwrap()
 }
@@ -113,6 +142,40 @@ async fn a_claim_and_a_replay_are_one_command_each_and_an_end_is_one_script() {
         (server.calls("eval").await, server.calls("evalsha").await),
         (1, scripts + 1)
     );
+}
+
+#[tokio::test]
+async fn what_remains_of_a_completed_record_is_told_in_the_same_flight_to_those_who_ask() {
+    let server = Redis::start(&[]);
+    let proxy = Proxy::before(server.port()).await;
+    let store = RedisStore::connect(&proxy.url()).await.unwrap();
+    for (number, retention) in [(1, MINUTE.into()), (2, Retention::Forever)] {
+        let lease = acquire(&store, number).await;
+        store.complete(&lease, &answer(), retention).await.unwrap();
+    }
+    let (sets, asked) = (server.calls("set").await, server.calls("pttl").await);
+    let flights = proxy.flights();
+    let asking = claim().asking_for_remaining();
+    let told = async |number| match store.begin(&id(number), &asking).await.unwrap() {
+        Begin::Completed { remaining, .. } => remaining,
+        other => panic!("{other:?}"),
+    };
+    let Some(Retention::For(left)) = told(1).await else {
+        panic!("it is kept for a minute");
+    };
+    assert!(left <= MINUTE && left > MINUTE / 2, "{left:?}");
+    assert_eq!(told(2).await, Some(Retention::Forever));
+    assert_eq!(proxy.flights(), flights + 2, "one for each claim");
+    assert_eq!(
+        (server.calls("set").await, server.calls("pttl").await),
+        (sets + 2, asked + 2)
+    );
+    // Nobody else pays for it.
+    assert!(matches!(
+        look(&store, 1).await,
+        Begin::Completed { remaining: None, .. }
+    ));
+    assert_eq!(server.calls("pttl").await, asked + 2);
 }
 
 #[tokio::test]
@@ -220,7 +283,7 @@ async fn a_record_that_cannot_be_read_is_an_error_and_stays() {
     }
     // In the fingerprint; the status of the answer, which is one still; the version; the time to live.
     server.say(&["SETRANGE", &key(1), "40", "x"]).await;
-    server.say(&["SETRANGE", &key(2), "77", "x"]).await;
+    server.say(&["SETRANGE", &key(2), "85", "x"]).await;
     server.say(&["SETRANGE", &key(3), "0", "\u{2}"]).await;
     server.say(&["PERSIST", &key(4)]).await;
     server.say(&["SET", &key(5), ""]).await;

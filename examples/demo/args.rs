@@ -12,7 +12,8 @@ Usage: demo [OPTIONS]
 Options:
   --listen ADDRESS      where to listen [default: 127.0.0.1:3000]; port 0 takes a free one
   --store STORE         where records are kept: file:PATH, memory, or a Redis or Valkey server
-                        such as redis://127.0.0.1:6379 (with the feature redis)
+                        such as redis://127.0.0.1:6379 (with the feature redis), or a table of
+                        a database such as postgres://app@127.0.0.1/shop (with the feature postgres)
                         [default: a file in your data directory]
   --retention DURATION  how long answers are kept on every route, such as 10s, 5m or 72h
                         [default: each route's own]
@@ -28,10 +29,8 @@ Faults on demand, by request header:
   x-demo-response-bytes: N  make the answer at least N bytes long
 ";
 
-#[cfg(feature = "redis")]
-const STORES: &str = "memory, file:PATH, redis://...";
-#[cfg(not(feature = "redis"))]
-const STORES: &str = "memory, file:PATH (and redis://... with the feature redis)";
+const STORES: &str =
+    "memory, file:PATH, redis://... (with the feature redis), postgres://... (with the feature postgres)";
 
 pub struct Args {
     pub listen: SocketAddr,
@@ -48,6 +47,9 @@ pub enum Store {
     /// By its URL.
     #[cfg(feature = "redis")]
     Redis(String),
+    /// By its URL.
+    #[cfg(feature = "postgres")]
+    Postgres(String),
 }
 
 impl Args {
@@ -86,6 +88,10 @@ fn store(name: &str) -> Result<Store, String> {
         "memory" => Ok(Store::Memory),
         #[cfg(feature = "redis")]
         url if url.starts_with("redis://") => Ok(Store::Redis(url.to_owned())),
+        #[cfg(feature = "postgres")]
+        url if url.starts_with("postgres://") || url.starts_with("postgresql://") => {
+            Ok(Store::Postgres(url.to_owned()))
+        }
         other => match other.strip_prefix("file:") {
             Some("") => Err("file: wants a path, such as file:store.redb".to_owned()),
             Some(path) => Ok(Store::File(path.into())),

@@ -13,8 +13,9 @@ pub enum Store {
         store: FileStore,
         path: PathBuf,
     },
-    #[cfg(feature = "redis")]
-    Redis(AnyStore),
+    /// On a server, which knows its own size.
+    #[cfg(any(feature = "redis", feature = "postgres"))]
+    Server(AnyStore),
 }
 
 /// What a store holds.
@@ -30,14 +31,19 @@ impl Store {
             args::Store::File(path) => Self::file(path).await,
             args::Store::Default => Self::anywhere().await,
             #[cfg(feature = "redis")]
-            args::Store::Redis(url) => Self::redis(&url).await,
+            args::Store::Redis(url) => Self::server(tower_idempotency::RedisStore::connect(&url).await),
+            #[cfg(feature = "postgres")]
+            args::Store::Postgres(url) => {
+                let builder = tower_idempotency::PostgresStore::builder().create_table(true);
+                Self::server(builder.connect(&url).await)
+            }
         }
     }
 
-    #[cfg(feature = "redis")]
-    async fn redis(url: &str) -> Result<Self, String> {
-        match tower_idempotency::RedisStore::connect(url).await {
-            Ok(store) => Ok(Self::Redis(AnyStore::new(store))),
+    #[cfg(any(feature = "redis", feature = "postgres"))]
+    fn server(connected: Result<impl tower_idempotency::Store, tower_idempotency::StoreError>) -> Result<Self, String> {
+        match connected {
+            Ok(store) => Ok(Self::Server(AnyStore::new(store))),
             Err(error) => Err(match std::error::Error::source(&error) {
                 Some(source) => format!("{error}: {source}"),
                 None => error.to_string(),
@@ -79,8 +85,8 @@ impl Store {
         match self {
             Self::Memory(store) => AnyStore::new(store.clone()),
             Self::File { store, .. } => AnyStore::new(store.clone()),
-            #[cfg(feature = "redis")]
-            Self::Redis(store) => store.clone(),
+            #[cfg(any(feature = "redis", feature = "postgres"))]
+            Self::Server(store) => store.clone(),
         }
     }
 
@@ -95,8 +101,8 @@ impl Store {
                 records: store.len(),
                 bytes: fs::metadata(path).map_or(0, |metadata| metadata.len()),
             }),
-            #[cfg(feature = "redis")]
-            Self::Redis(_) => None,
+            #[cfg(any(feature = "redis", feature = "postgres"))]
+            Self::Server(_) => None,
         }
     }
 

@@ -58,16 +58,19 @@ pub(crate) trait DynStore: Send + Sync {
     fn changed<'a>(&'a self, id: &'a RecordId) -> Boxed<'a, ()>;
 }
 
-/// Any store, its futures boxed.
+/// Any store, its futures boxed; but not what it says at once.
 struct Erased<S>(S);
 
 impl<S: Store> DynStore for Erased<S> {
     fn begin<'a>(&'a self, id: &'a RecordId, claim: &'a Claim) -> Call<'a, Begin> {
-        Call::pending(self.0.begin(id, claim))
+        match self.0.begin_at_once(id, claim) {
+            Some(result) => Call::answered(result),
+            None => Call::pending(self.0.begin(id, claim)),
+        }
     }
 
-    fn begin_at_once(&self, _: &RecordId, _: &Claim) -> Option<Result<Begin, StoreError>> {
-        None
+    fn begin_at_once(&self, id: &RecordId, claim: &Claim) -> Option<Result<Begin, StoreError>> {
+        self.0.begin_at_once(id, claim)
     }
 
     fn complete<'a>(&'a self, lease: &'a Lease, response: &'a StoredResponse, retention: Retention) -> Call<'a, ()> {
@@ -88,41 +91,6 @@ impl<S: Store> DynStore for Erased<S> {
 
     fn changed<'a>(&'a self, id: &'a RecordId) -> Boxed<'a, ()> {
         Box::pin(self.0.changed(id))
-    }
-}
-
-/// Like any store, but for a replay that it has at hand.
-#[cfg(feature = "file")]
-impl DynStore for super::FileStore {
-    fn begin<'a>(&'a self, id: &'a RecordId, claim: &'a Claim) -> Call<'a, Begin> {
-        match self.at_once(id) {
-            Some(replay) => Call::answered(Ok(replay)),
-            None => Call::pending(Store::begin(self, id, claim)),
-        }
-    }
-
-    fn begin_at_once(&self, id: &RecordId, _: &Claim) -> Option<Result<Begin, StoreError>> {
-        self.at_once(id).map(Ok)
-    }
-
-    fn complete<'a>(&'a self, lease: &'a Lease, response: &'a StoredResponse, retention: Retention) -> Call<'a, ()> {
-        Call::pending(Store::complete(self, lease, response, retention))
-    }
-
-    fn renew<'a>(&'a self, lease: &'a Lease, length: Duration) -> Call<'a, ()> {
-        Call::pending(Store::renew(self, lease, length))
-    }
-
-    fn release<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()> {
-        Call::pending(Store::release(self, lease))
-    }
-
-    fn abandon<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()> {
-        Call::pending(Store::abandon(self, lease))
-    }
-
-    fn changed<'a>(&'a self, id: &'a RecordId) -> Boxed<'a, ()> {
-        Box::pin(Store::changed(self, id))
     }
 }
 
@@ -176,10 +144,6 @@ impl AnyStore {
         if let Some(memory) = any.downcast_ref::<MemoryStore>() {
             return Self(Arc::new(memory.clone()));
         }
-        #[cfg(feature = "file")]
-        if let Some(file) = any.downcast_ref::<super::FileStore>() {
-            return Self(Arc::new(file.clone()));
-        }
         if let Some(already) = any.downcast_ref::<Self>() {
             return already.clone();
         }
@@ -200,6 +164,10 @@ impl fmt::Debug for AnyStore {
 impl Store for AnyStore {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         self.0.begin(id, claim).await
+    }
+
+    fn begin_at_once(&self, id: &RecordId, claim: &Claim) -> Option<Result<Begin, StoreError>> {
+        self.0.begin_at_once(id, claim)
     }
 
     async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {

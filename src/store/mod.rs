@@ -1,19 +1,27 @@
 //! Where records are kept.
 
 mod any;
+#[cfg(feature = "cached")]
+mod cached;
 #[cfg(feature = "file")]
 mod file;
 mod memory;
+#[cfg(feature = "postgres")]
+pub(crate) mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
 pub(crate) use self::any::{Call, DynStore};
+#[cfg(feature = "cached")]
+pub use self::cached::{Cached, CachedBuilder};
 #[cfg(all(feature = "file", feature = "testing"))]
 pub use self::file::{Clock, MachineStart, Medium};
 #[cfg(feature = "file")]
 pub use self::file::{FileRecord, FileRecordState, FileStore, FileStoreBuilder, FileStoreError, FileStoreErrorKind};
+#[cfg(feature = "postgres")]
+pub use self::postgres::{PostgresStore, PostgresStoreBuilder, PostgresTable};
 #[cfg(feature = "redis")]
 pub use self::redis::{RedisStore, RedisStoreBuilder};
 pub use self::{
@@ -38,15 +46,17 @@ use crate::{
 ///    them can be built from a look-up that is followed by a write.
 /// 2. [`begin`](Self::begin) acquires a vacant record for the claim's owner, with fence 1, and leaves every other
 ///    record as it is. It answers [`Begin::Acquired`] again, with the same fence and a fresh lease, to the owner that
-///    already holds the record, and changes nothing else: a claim whose answer was lost can be repeated.
+///    already holds the record, and changes nothing else: a claim whose answer was lost can be repeated. To an owner
+///    that [abandoned](Self::abandon) the record it answers what it answers to everybody.
 /// 3. `begin` with [`Claim::takeover`] acquires an abandoned record whose owner and fence are those of the lease that
 ///    it names, and gives it the next fence and the claim's owner, fingerprint and retention. In every other state it
 ///    does what it does without: it acquires a vacant record, and answers what it found of any other.
 /// 4. [`complete`](Self::complete), [`renew`](Self::renew), [`release`](Self::release) and [`abandon`](Self::abandon)
 ///    change a record only if it is in progress and its owner is the lease's owner. Otherwise they fail with
 ///    [`Fenced`](crate::StoreErrorKind::Fenced) and change nothing. The owner alone decides: a lease that is over but
-///    was not taken over still belongs to its owner, and may be completed. Repeating a `complete` or an `abandon` whose
-///    answer was lost does no harm: it succeeds or is fenced.
+///    was not taken over still belongs to its owner, and may be renewed or completed. One that was abandoned is over for
+///    good: its owner may still complete or release the record, but a renewal, however late it lands, is fenced.
+///    Repeating a `complete` or an `abandon` whose answer was lost does no harm: it succeeds or is fenced.
 /// 5. The store's own clock counts leases and retentions. They end no earlier than asked. Durations that its clock
 ///    cannot count are for ever.
 /// 6. A completed record is kept for its retention, counted from `complete`. A record in progress is kept for its lease
@@ -61,6 +71,9 @@ use crate::{
 /// 11. [`changed`](Self::changed) wakes those who listen for a completion or an abandoned attempt, and at least one of
 ///     those who listen for a release.
 ///
+/// 12. [`Begin::Completed`] says how long the record is still kept, or that the store does not know, and never more than
+///     is true. Where the claim [asks for it](Claim::asking_for_remaining), a store that can know it says it.
+///
 /// The futures may be dropped at any `await`; a dropped step was applied wholly or not at all.
 pub trait Store: Send + Sync + 'static {
     /// Acquires the record, or says who else has it.
@@ -68,6 +81,17 @@ pub trait Store: Send + Sync + 'static {
     /// # Errors
     /// `Unavailable`, `Full`, `Corrupt`, `NewerVersion` or `Other`.
     fn begin(&self, id: &RecordId, claim: &Claim) -> impl Future<Output = Result<Begin, StoreError>> + Send;
+
+    /// What [`begin`](Self::begin) would answer, if that needs no waiting: `None` if it does, and then nothing was
+    /// begun. It saves a replay from memory its future, nothing else; a store without memory, or one around another
+    /// store, need not have it. Default: `None`.
+    ///
+    /// # Errors
+    /// As `begin`.
+    fn begin_at_once(&self, id: &RecordId, claim: &Claim) -> Option<Result<Begin, StoreError>> {
+        let _ = (id, claim);
+        None
+    }
 
     /// Keeps the answer of the operation. The record is immutable from here on until it expires.
     ///
@@ -109,6 +133,10 @@ pub trait Store: Send + Sync + 'static {
 impl<S: Store> Store for Arc<S> {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         S::begin(self, id, claim).await
+    }
+
+    fn begin_at_once(&self, id: &RecordId, claim: &Claim) -> Option<Result<Begin, StoreError>> {
+        S::begin_at_once(self, id, claim)
     }
 
     async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {

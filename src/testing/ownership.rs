@@ -60,6 +60,21 @@ pub(super) async fn check(subject: &impl Subject, report: &mut Report) {
         released(subject).await,
     );
     report.add(4, "an abandoned lease is over at once", abandoned(subject).await);
+    report.add(
+        4,
+        "a renewal that lands after an abandon is fenced and revives nothing",
+        late_renewal_of_abandoned(subject).await,
+    );
+    report.add(
+        2,
+        "a claim that is repeated after an abandon revives nothing",
+        repeated_after_abandon(subject).await,
+    );
+    report.add(
+        4,
+        "an abandoned record may still be completed or released by its owner",
+        ended_after_abandon(subject).await,
+    );
 }
 
 type Checked = Result<(), String>;
@@ -283,4 +298,41 @@ async fn abandoned(subject: &impl Subject) -> Checked {
     bench.store.abandon(&lease).await.map_err(failed)?;
     let lost = bench.expect_abandoned(1).await?;
     ensure(lost == lease, || format!("{lease:?} was lost as {lost:?}"))
+}
+
+/// A record that request 1 gave up, with the claim that it was begun by.
+async fn given_up<S: Store>(subject: &impl Subject<Store = S>) -> Result<(Bench<S>, Claim, Lease), String> {
+    let bench = Bench::new(subject).await?;
+    let claim = bench.claim(1)?;
+    let lease = bench.acquire(&claim).await?;
+    bench.store.abandon(&lease).await.map_err(failed)?;
+    Ok((bench, claim, lease))
+}
+
+async fn late_renewal_of_abandoned(subject: &impl Subject) -> Checked {
+    let (bench, _, lease) = given_up(subject).await?;
+    fenced("renew", bench.store.renew(&lease, bench.tick * 2).await)?;
+    let lost = bench.expect_abandoned(1).await?;
+    ensure(lost == lease, || format!("{lease:?} was lost as {lost:?}"))?;
+    // It takes nothing from who takes the record over, either.
+    bench.acquire(&bench.claim(2)?.taking_over(lease)).await.map(drop)
+}
+
+async fn repeated_after_abandon(subject: &impl Subject) -> Checked {
+    let (bench, claim, lease) = given_up(subject).await?;
+    match bench.begin(&claim).await? {
+        Begin::Abandoned { lost, .. } if lost == lease => {}
+        other => return Err(format!("its own owner found {other:?} where it had to be abandoned")),
+    }
+    bench.expect_abandoned(1).await.map(drop)
+}
+
+async fn ended_after_abandon(subject: &impl Subject) -> Checked {
+    let (bench, _, lease) = given_up(subject).await?;
+    let answer = response(b"after all");
+    bench.complete(&lease, &answer).await?;
+    bench.expect_completed(1, &answer).await?;
+    let (bench, _, lease) = given_up(subject).await?;
+    bench.store.release(&lease).await.map_err(failed)?;
+    bench.expect_vacant().await
 }

@@ -6,7 +6,7 @@ use super::{Bench, Report, Subject, response};
 use crate::{
     codec::StoredResponse,
     error::StoreError,
-    record::{Claim, Retention},
+    record::{Begin, Claim, Retention},
     store::Store,
 };
 
@@ -48,6 +48,11 @@ pub(super) async fn check(subject: &impl Subject, report: &mut Report) {
         renewed_and_lost(subject).await,
     );
     report.add(6, "what is kept for ever does not expire", forever(subject).await);
+    report.add(
+        12,
+        "a completed record says how long it is kept, and never more than it is",
+        remaining(subject).await,
+    );
     report.add(6, "an expired record is begun anew", anew(subject).await);
 }
 
@@ -179,4 +184,38 @@ async fn anew(subject: &impl Subject) -> Checked {
     let answer = response(b"new");
     bench.complete(&lease, &answer).await?;
     bench.expect_completed(2, &answer).await
+}
+
+/// What a claim is told that asks for it.
+async fn told<S: Store>(bench: &Bench<S>) -> Result<Option<Retention>, String> {
+    match bench.begin(&bench.claim(99)?.asking_for_remaining()).await? {
+        Begin::Completed { remaining, .. } => Ok(remaining),
+        other => Err(format!("it is {other:?} where it had to be completed")),
+    }
+}
+
+async fn remaining(subject: &impl Subject) -> Checked {
+    let tick = subject.tick();
+    let (bench, _) = complete(subject, Retention::For(tick * 4)).await?;
+    let told_at = |told, most: u32| match told {
+        None => Ok(()),
+        Some(Retention::For(left)) if left <= tick * most => Ok(()),
+        Some(other) => Err(format!("{other:?} remains where at most {most} ticks do")),
+    };
+    told_at(told(&bench).await?, 4)?;
+    subject.pass(tick * 2).await;
+    told_at(told(&bench).await?, 2)?;
+    // Renewed and lost, its time to live was another one while it ran.
+    let bench = Bench::new(subject).await?;
+    let lease = bench.acquire(&bench.claim(1)?).await?;
+    bench.store.renew(&lease, tick * 50).await.map_err(failed)?;
+    let retention = Retention::For(tick * 2);
+    let answer = response(b"kept");
+    bench.store.complete(&lease, &answer, retention).await.map_err(failed)?;
+    told_at(told(&bench).await?, 2)?;
+    // A claim that does not ask is told no more than one that does.
+    match bench.look().await? {
+        Begin::Completed { remaining, .. } => told_at(remaining, 2),
+        other => Err(format!("it is {other:?} where it had to be completed")),
+    }
 }

@@ -11,7 +11,9 @@ pub mod http;
 #[cfg(all(feature = "file", feature = "testing"))]
 pub mod medium;
 pub mod midaspay;
-#[cfg(feature = "redis")]
+#[cfg(feature = "postgres")]
+pub mod postgres;
+#[cfg(any(feature = "redis", feature = "postgres"))]
 pub mod proxy;
 #[cfg(feature = "redis")]
 pub mod redis;

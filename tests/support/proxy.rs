@@ -2,7 +2,10 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 use tokio::{
@@ -27,6 +30,7 @@ pub enum Weather {
 pub struct Proxy {
     address: SocketAddr,
     weather: Arc<Mutex<watch::Sender<Weather>>>,
+    flights: Arc<AtomicU64>,
     _connections: JoinSet<()>,
 }
 
@@ -37,17 +41,20 @@ impl Proxy {
         let weather = Arc::new(Mutex::new(watch::Sender::new(Weather::Clear)));
         let mut connections = JoinSet::new();
         let sky = Arc::clone(&weather);
+        let flights = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&flights);
         connections.spawn(async move {
             let mut passing = JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
                 let server = TcpStream::connect(("127.0.0.1", port)).await;
                 let Ok(server) = server else { continue };
-                passing.spawn(pass(client, server, Arc::clone(&sky)));
+                passing.spawn(pass(client, server, Arc::clone(&sky), Arc::clone(&count)));
             }
         });
         Self {
             address,
             weather,
+            flights,
             _connections: connections,
         }
     }
@@ -58,6 +65,11 @@ impl Proxy {
 
     pub fn port(&self) -> u16 {
         self.address.port()
+    }
+
+    /// How often something came from a client, on all connections together.
+    pub fn flights(&self) -> u64 {
+        self.flights.load(Relaxed)
     }
 
     /// For connections that stand now.
@@ -77,20 +89,21 @@ impl Proxy {
     }
 }
 
-async fn pass(client: TcpStream, server: TcpStream, sky: Arc<Mutex<watch::Sender<Weather>>>) {
+async fn pass(client: TcpStream, server: TcpStream, sky: Arc<Mutex<watch::Sender<Weather>>>, flights: Arc<AtomicU64>) {
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let own = sky.lock().unwrap().clone();
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
     tokio::select! {
-        () = requests(from_client, to_server, own.clone()) => {}
+        () = requests(from_client, to_server, own.clone(), &flights) => {}
         () = answers(from_server, to_client, own) => {}
     }
 }
 
-async fn requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, sky: watch::Sender<Weather>) {
+async fn requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, sky: watch::Sender<Weather>, flights: &AtomicU64) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
+        flights.fetch_add(1, Relaxed);
         if *sky.borrow() == Weather::BlackHole {
             continue;
         }

@@ -4,7 +4,7 @@ use redb::{ReadableTable, ReadableTableMetadata, Table, TableDefinition, WriteTr
 
 use super::{
     cache::Kept,
-    frame::{NEVER, Progress, Record, State, Time},
+    frame::{ABANDONED, NEVER, Progress, Record, State, Time},
     look::{Found, look},
     queue::{BeginJob, Change, ChangeJob},
 };
@@ -107,7 +107,7 @@ impl<'txn> Batch<'txn> {
                 if !self.take_room(CLAIM_BYTES) {
                     return Ok(Err(StoreErrorKind::Full.into()));
                 }
-                let lease_until = now.saturating_add(lease);
+                let lease_until = lease_end(now, lease);
                 let keep = super::retention(claim.retention);
                 let progress = Progress {
                     owner: claim.owner,
@@ -171,6 +171,7 @@ impl<'txn> Batch<'txn> {
                     vacant_at: record.vacant_at,
                 })));
             }
+            Change::Renew(_) if progress.lease_until == ABANDONED => return Ok(Err(StoreErrorKind::Fenced.into())),
             Change::Renew(length) => self.renew(id, &old, progress, *length, now)?,
             Change::Release => {
                 self.changed = true;
@@ -179,7 +180,7 @@ impl<'txn> Batch<'txn> {
             }
             Change::Abandon => {
                 let progress = Progress {
-                    lease_until: now,
+                    lease_until: ABANDONED,
                     ..progress
                 };
                 let record = Record {
@@ -194,7 +195,7 @@ impl<'txn> Batch<'txn> {
     }
 
     fn renew(&mut self, id: &RecordId, old: &Record<'_>, progress: Progress, length: Time, now: Time) -> Written {
-        let lease_until = now.saturating_add(length);
+        let lease_until = lease_end(now, length);
         let record = Record {
             vacant_at: lease_until.saturating_add(progress.keep),
             state: State::InProgress(Progress {
@@ -302,6 +303,10 @@ impl<'txn> Batch<'txn> {
 
 type Written = Result<(), redb::Error>;
 
+fn lease_end(now: Time, length: Time) -> Time {
+    now.saturating_add(length).max(ABANDONED + 1)
+}
+
 fn key(at: Time, id: &RecordId) -> [u8; 40] {
     let mut key = [0; 40];
     key[..8].copy_from_slice(&at.to_be_bytes());
@@ -322,10 +327,18 @@ pub(super) fn answer(found: Found<'_>) -> Result<Begin, StoreError> {
     match found {
         Found::InProgress { fingerprint, remaining } => Ok(Begin::InProgress { fingerprint, remaining }),
         Found::Abandoned { fingerprint, lost } => Ok(Begin::Abandoned { fingerprint, lost }),
-        Found::Completed { fingerprint, answer } => {
+        Found::Completed {
+            fingerprint,
+            answer,
+            remaining,
+        } => {
             // The only copy of an answer: from the file's page to bytes of its own, which every replay slices.
             let response = StoredResponse::from_bytes(bytes::Bytes::copy_from_slice(answer))?;
-            Ok(Begin::Completed { fingerprint, response })
+            Ok(Begin::Completed {
+                fingerprint,
+                response,
+                remaining: Some(remaining),
+            })
         }
         Found::Vacant | Found::Own(_) | Found::TakenOver { .. } => Err(StoreErrorKind::Other.into()),
     }

@@ -34,6 +34,9 @@ pub(super) type Time = u64;
 /// A time that never comes.
 pub(super) const NEVER: Time = u64::MAX;
 
+/// The end of a lease that its owner gave up. No other lease ends there, since this one is never renewed.
+pub(super) const ABANDONED: Time = 0;
+
 const VERSION: u8 = 1;
 const IN_PROGRESS: u8 = 1;
 const COMPLETED: u8 = 2;
@@ -62,6 +65,7 @@ pub(super) enum State<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Progress {
     pub(super) owner: Owner,
+    /// When its lease ends, or [`ABANDONED`].
     pub(super) lease_until: Time,
     /// How long the record stays after its lease.
     pub(super) keep: Time,

@@ -3,10 +3,10 @@
 
 use std::time::Duration;
 
-use super::frame::{Progress, Record, State, Time};
+use super::frame::{ABANDONED, NEVER, Progress, Record, State, Time};
 use crate::{
     fingerprint::Fingerprint,
-    record::{Claim, Lease, RecordId},
+    record::{Claim, Lease, RecordId, Retention},
 };
 
 #[derive(Debug, PartialEq, Eq)]
@@ -30,6 +30,7 @@ pub(super) enum Found<'a> {
     Completed {
         fingerprint: Fingerprint,
         answer: &'a [u8],
+        remaining: Retention,
     },
 }
 
@@ -46,10 +47,16 @@ pub(super) fn look<'a>(id: &RecordId, record: Option<&Record<'a>>, claim: &Claim
     };
     let fingerprint = record.fingerprint;
     let progress = match record.state {
-        State::Completed(answer) => return Found::Completed { fingerprint, answer },
+        State::Completed(answer) => {
+            return Found::Completed {
+                fingerprint,
+                answer,
+                remaining: remaining(record.vacant_at, now),
+            };
+        }
         State::InProgress(progress) => progress,
     };
-    if progress.owner == claim.owner {
+    if progress.owner == claim.owner && progress.lease_until != ABANDONED {
         return Found::Own(progress);
     }
     let end = progress.lease_end(run);
@@ -63,6 +70,14 @@ pub(super) fn look<'a>(id: &RecordId, record: Option<&Record<'a>>, claim: &Claim
         return Found::TakenOver { fence };
     }
     Found::Abandoned { fingerprint, lost }
+}
+
+/// How long a record is still kept.
+pub(super) fn remaining(vacant_at: Time, now: Time) -> Retention {
+    match vacant_at {
+        NEVER => Retention::Forever,
+        at => Retention::For(Duration::from_nanos(at.saturating_sub(now))),
+    }
 }
 
 #[cfg(test)]
@@ -129,6 +144,8 @@ mod tests {
             (Found::Own(own), Some(record), claim(1), 7, 99),
             (Found::Own(own), Some(record), claim(1), 8, 109),
             (Found::Vacant, Some(record), claim(1), 7, 110),
+            // Given up, it is not its owner's again.
+            (abandoned(), Some(running(ABANDONED, 110, 7)), claim(1), 7, 99),
             (
                 Found::TakenOver { fence: 5 },
                 Some(record),
@@ -151,14 +168,22 @@ mod tests {
                 99,
             ),
             (
-                Found::Completed { fingerprint, answer },
+                Found::Completed {
+                    fingerprint,
+                    answer,
+                    remaining: Retention::For(Duration::from_nanos(1)),
+                },
                 Some(completed),
                 claim(1),
                 7,
                 109,
             ),
             (
-                Found::Completed { fingerprint, answer },
+                Found::Completed {
+                    fingerprint,
+                    answer,
+                    remaining: Retention::For(Duration::from_nanos(1)),
+                },
                 Some(completed),
                 claim(2).taking_over(lost),
                 8,

@@ -285,15 +285,17 @@ impl FileStore {
     }
 
     /// A replay that needs neither the file nor another thread.
-    pub(crate) fn at_once(&self, id: &RecordId) -> Option<Begin> {
+    fn at_once(&self, id: &RecordId) -> Option<Begin> {
         let shared = &self.handle.shared;
         if !shared.is_open() {
             return None;
         }
-        let kept = shared.cache.get(id, shared.time.now())?;
+        let now = shared.time.now();
+        let kept = shared.cache.get(id, now)?;
         Some(Begin::Completed {
             fingerprint: kept.fingerprint,
             response: kept.response,
+            remaining: Some(look::remaining(kept.vacant_at, now)),
         })
     }
 
@@ -357,6 +359,10 @@ impl Store for FileStore {
             shared.reads.put(job).map_err(|(why, _)| shared.refusal(why))?;
         }
         answered.await.unwrap_or_else(|_| Err(shared.unanswered()))
+    }
+
+    fn begin_at_once(&self, id: &RecordId, _: &Claim) -> Option<Result<Begin, StoreError>> {
+        self.at_once(id).map(Ok)
     }
 
     async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {

@@ -93,7 +93,10 @@ fn find(shared: &Shared, job: &BeginJob, stored: &[u8]) -> Result<Option<Begin>,
         return Ok(None);
     }
     let begin = answer(found)?;
-    if let Begin::Completed { fingerprint, response } = &begin {
+    if let Begin::Completed {
+        fingerprint, response, ..
+    } = &begin
+    {
         let kept = Kept {
             fingerprint: *fingerprint,
             response: response.clone(),

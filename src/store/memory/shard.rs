@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    IdHasherBuilder, Listeners, Time,
+    IdHasherBuilder, Listeners, NEVER, Time,
     budget::Budget,
     expiry::{Expiry, Ticket},
     nanos, retention_nanos,
@@ -16,7 +16,7 @@ use crate::{
     codec::StoredResponse,
     error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
-    record::{Begin, Claim, Lease, Owner, RecordId},
+    record::{Begin, Claim, Lease, Owner, RecordId, Retention},
 };
 
 pub(super) struct Shard {
@@ -51,6 +51,20 @@ enum State {
 /// The budget has no room for what is asked.
 #[derive(Debug)]
 pub(super) struct NoRoom;
+
+/// The end of a lease that its owner gave up. No other lease ends there, since this one is never renewed.
+const ABANDONED: Time = 0;
+
+fn lease_end(now: Time, length: Time) -> Time {
+    now.saturating_add(length).max(ABANDONED + 1)
+}
+
+fn remaining(vacant_at: Time, now: Time) -> Retention {
+    match vacant_at {
+        NEVER => Retention::Forever,
+        at => Retention::For(Duration::from_nanos(at.saturating_sub(now))),
+    }
+}
 
 /// Expired records that one operation removes at most: it pays for its own and catches up a little.
 const REMOVED_PER_STEP: usize = 4;
@@ -94,13 +108,33 @@ impl Shard {
                             return Ok(Begin::Completed {
                                 fingerprint: record.fingerprint,
                                 response: response.clone(),
+                                remaining: Some(remaining(record.vacant_at, now)),
                             });
                         }
-                        State::InProgress { owner, fence, .. } if *owner == claim.owner => {
+                        State::InProgress {
+                            owner,
+                            fence,
+                            lease_until,
+                            ..
+                        } if *owner == claim.owner && *lease_until != ABANDONED => {
                             let own = Lease::new(*id, *owner, *fence);
                             // It cannot fail: the record was just seen to be its own.
                             let _ = self.renew(&own, nanos(claim.lease), now);
                             return Ok(Begin::Acquired(own));
+                        }
+                        #[cfg(seeded_bug)]
+                        State::InProgress { owner, fence, .. }
+                            if crate::seeded::is("takes over a living lease")
+                                && claim.takeover != Some(Lease::new(*id, *owner, *fence)) =>
+                        {
+                            return Ok(Begin::Abandoned {
+                                fingerprint: record.fingerprint,
+                                lost: Lease::new(*id, *owner, *fence),
+                            });
+                        }
+                        #[cfg(seeded_bug)]
+                        State::InProgress { fence, .. } if crate::seeded::is("takes over a living lease") => {
+                            fence.saturating_add(1)
                         }
                         State::InProgress { lease_until, .. } if *lease_until > now => {
                             return Ok(Begin::InProgress {
@@ -154,7 +188,10 @@ impl Shard {
     pub(super) fn renew(&mut self, lease: &Lease, length: Time, now: Time) -> Result<(), StoreError> {
         let record = owned(&mut self.records, lease, now)?;
         if let State::InProgress { lease_until, keep, .. } = &mut record.state {
-            *lease_until = now.saturating_add(length);
+            if *lease_until == ABANDONED {
+                return Err(StoreErrorKind::Fenced.into());
+            }
+            *lease_until = lease_end(now, length);
             record.vacant_at = lease_until.saturating_add(*keep);
         }
         let old = record.ticket;
@@ -179,7 +216,7 @@ impl Shard {
         let record = owned(&mut self.records, lease, now)?;
         let old = record.ticket;
         if let State::InProgress { lease_until, keep, .. } = &mut record.state {
-            *lease_until = now;
+            *lease_until = ABANDONED;
             record.vacant_at = now.saturating_add(*keep);
             record.ticket = self.expiry.set(lease.id, now, *keep);
         }
@@ -204,6 +241,19 @@ impl Shard {
                 _ => self.remove(&id, budget),
             }
         }
+    }
+
+    #[cfg(seeded_bug)]
+    pub(super) fn is_vacant(&self, id: &RecordId) -> bool {
+        !self.records.contains_key(id)
+    }
+
+    /// As if the record had not been there when it was looked for.
+    #[cfg(seeded_bug)]
+    pub(super) fn forget(&mut self, id: &RecordId, budget: &Budget) {
+        let ticket = self.records.get(id).and_then(|record| record.ticket);
+        self.cancel(ticket);
+        self.remove(id, budget);
     }
 
     fn remove(&mut self, id: &RecordId, budget: &Budget) {
@@ -260,7 +310,7 @@ fn owned<'a>(records: &'a mut Records, lease: &Lease, now: Time) -> Result<&'a m
 
 impl Record {
     fn in_progress(claim: &Claim, fence: u64, now: Time) -> Self {
-        let lease_until = now.saturating_add(nanos(claim.lease));
+        let lease_until = lease_end(now, nanos(claim.lease));
         let keep = retention_nanos(claim.retention);
         Self {
             fingerprint: claim.fingerprint,

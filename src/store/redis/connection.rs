@@ -6,10 +6,10 @@ use std::{
 };
 
 use redis::{
-    Client, Cmd, ErrorKind, RedisError, ServerErrorKind, Value,
+    Client, Cmd, ErrorKind, Pipeline, RedisError, ServerErrorKind, Value,
     aio::{ConnectionManager, ConnectionManagerConfig},
 };
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, error::Elapsed, timeout};
 
 use super::{
     failure::{classify, is_answer},
@@ -66,10 +66,37 @@ impl Connection {
         let left = deadline.saturating_duration_since(Instant::now());
         let result = match timeout(left, manager.send_packed_command(command)).await {
             Ok(result) => result.and_then(Value::extract_error),
-            Err(elapsed) => Err(std::io::Error::new(std::io::ErrorKind::TimedOut, elapsed).into()),
+            Err(elapsed) => Err(late(elapsed)),
         };
         self.note(&result);
         result
+    }
+
+    /// Sends one command and another one before it in the same flight, which asks for a number.
+    pub(super) async fn send_after(
+        &self,
+        before: &Cmd,
+        command: &Cmd,
+        deadline: Instant,
+    ) -> (Option<i64>, Result<Value, RedisError>) {
+        let mut manager = self.current().manager.clone();
+        let mut both = Pipeline::with_capacity(2);
+        both.add_command(before.clone()).add_command(command.clone());
+        let left = deadline.saturating_duration_since(Instant::now());
+        let answers = match timeout(left, manager.send_packed_commands(&both, 0, 2)).await {
+            Ok(answers) => answers,
+            Err(elapsed) => Err(late(elapsed)),
+        };
+        let mut number = None;
+        let result = answers.and_then(|mut answers| {
+            let answer = answers.pop().unwrap_or(Value::Nil).extract_error();
+            if let Some(Value::Int(found)) = answers.pop() {
+                number = Some(found);
+            }
+            answer
+        });
+        self.note(&result);
+        (number, result)
     }
 
     /// Runs a step on the server.
@@ -116,6 +143,10 @@ impl Connection {
     fn current(&self) -> MutexGuard<'_, Current> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn late(elapsed: Elapsed) -> RedisError {
+    std::io::Error::new(std::io::ErrorKind::TimedOut, elapsed).into()
 }
 
 fn manager(client: &Client, timeout: Duration) -> Result<ConnectionManager, RedisError> {

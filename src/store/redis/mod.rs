@@ -98,7 +98,7 @@ impl Store for RedisStore {
             false => &scripts.complete_without_answer,
         };
         let time_to_live = record::completed_millis(retention).map_or_else(String::new, |millis| millis.to_string());
-        let (completion, channel) = (record::completion(response), keys.channel(&lease.id));
+        let (completion, channel) = (record::completion(response, retention), keys.channel(&lease.id));
         let arguments: [&[u8]; 4] = [
             lease.owner.as_bytes(),
             &completion,
@@ -143,13 +143,25 @@ impl Inner {
             .arg("GET")
             .arg("PX")
             .arg(record::in_progress_millis(claim));
-        match self.connection.send(&set, deadline).await {
+        let (time_to_live, answer) = if claim.asks_for_remaining {
+            let mut ask = redis::cmd("PTTL");
+            ask.arg(&key);
+            // Asked before, so that it says something of the record that the claim finds.
+            self.connection.send_after(&ask, &set, deadline).await
+        } else {
+            (None, self.connection.send(&set, deadline).await)
+        };
+        match answer {
             Ok(Value::Nil) => Ok(Begin::Acquired(Lease::new(*id, claim.owner, 1))),
             Ok(Value::BulkString(bytes)) => {
                 let record = Record::decode(bytes)?;
-                match record.state {
-                    State::Completed(_) => record.found(id, 0),
-                    State::InProgress | State::Abandoned => self.look_closer(id, claim, true, deadline).await,
+                match (record.state, time_to_live) {
+                    (State::Completed { response, kept }, time_to_live) => Ok(Begin::Completed {
+                        fingerprint: record.fingerprint,
+                        response,
+                        remaining: time_to_live.map(|time_to_live| record::remaining(time_to_live, kept)),
+                    }),
+                    _ => self.look_closer(id, claim, true, deadline).await,
                 }
             }
             Ok(other) => Err(unexpected(&other)),

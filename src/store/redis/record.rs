@@ -12,7 +12,8 @@
 //! | 1 | algorithm of the fingerprint |
 //! | 32 | digest of the fingerprint |
 //! | 4 | CRC-32 of all of the above but the state |
-//! | 4 | completed only: CRC-32 of the answer |
+//! | 4 | completed only: CRC-32 of all that follows |
+//! | 8 | completed only: how long the record is kept, counted from its completion, in milliseconds |
 //! | n | completed only: the [stored answer](crate::codec), to the end |
 //!
 //! The scripts on the server read the first five fields in place, and change the state alone; so it is not under the
@@ -81,11 +82,15 @@ pub(super) fn in_progress(claim: &Claim, fence: u64) -> [u8; HEAD] {
 }
 
 /// What follows the head of a completed record.
-pub(super) fn completion(response: &StoredResponse) -> Vec<u8> {
+pub(super) fn completion(response: &StoredResponse, retention: Retention) -> Vec<u8> {
     let answer = response.as_bytes();
-    let mut out = Vec::with_capacity(4 + answer.len());
-    out.extend_from_slice(&crc32fast::hash(answer).to_le_bytes());
+    let kept = retention_millis(retention).to_le_bytes();
+    let mut out = Vec::with_capacity(12 + answer.len());
+    out.extend_from_slice(&[0; 4]);
+    out.extend_from_slice(&kept);
     out.extend_from_slice(answer);
+    let checksum = crc32fast::hash(&out[4..]);
+    out[..4].copy_from_slice(&checksum.to_le_bytes());
     out
 }
 
@@ -104,7 +109,7 @@ pub(super) struct Record {
     pub(super) fence: u64,
     /// Milliseconds.
     keep: u64,
-    fingerprint: Fingerprint,
+    pub(super) fingerprint: Fingerprint,
     pub(super) state: State,
 }
 
@@ -112,7 +117,11 @@ pub(super) struct Record {
 pub(super) enum State {
     InProgress,
     Abandoned,
-    Completed(StoredResponse),
+    Completed {
+        response: StoredResponse,
+        /// Milliseconds from its completion on.
+        kept: u64,
+    },
 }
 
 impl Record {
@@ -142,7 +151,7 @@ impl Record {
         let state = match state {
             IN_PROGRESS if rest.is_empty() => State::InProgress,
             ABANDONED if rest.is_empty() => State::Abandoned,
-            COMPLETED => State::Completed(decode_answer(rest)?),
+            COMPLETED => decode_completion(rest)?,
             _ => return Err(corrupt("there is no such state")),
         };
         Ok(Self {
@@ -158,13 +167,18 @@ impl Record {
         Lease::new(*id, self.owner, self.fence)
     }
 
-    /// What somebody who is not its owner finds, `time_to_live` milliseconds before the server forgets it.
+    /// What somebody who is not its owner finds, `time_to_live` milliseconds before the server forgets it: less than
+    /// nothing if it never does.
     pub(super) fn found(self, id: &RecordId, time_to_live: i64) -> Result<Begin, StoreError> {
         let fingerprint = self.fingerprint;
         let lost = self.lease(id);
         let abandoned = Begin::Abandoned { fingerprint, lost };
         match self.state {
-            State::Completed(response) => Ok(Begin::Completed { fingerprint, response }),
+            State::Completed { response, .. } => Ok(Begin::Completed {
+                fingerprint,
+                response,
+                remaining: Some(remaining(time_to_live, FOREVER)),
+            }),
             State::Abandoned => Ok(abandoned),
             // Somebody took its time to live away: nobody knows any more when its lease ends.
             State::InProgress if time_to_live < 0 => Err(corrupt("a record in progress has no time to live")),
@@ -180,12 +194,24 @@ impl Record {
     }
 }
 
-fn decode_answer(mut bytes: Bytes) -> Result<StoredResponse, StoreError> {
+fn decode_completion(mut bytes: Bytes) -> Result<State, StoreError> {
     let expected = bytes.try_get_u32_le().map_err(corrupt)?;
     if crc32fast::hash(&bytes) != expected {
         return Err(corrupt("the checksum of the answer is another one"));
     }
-    StoredResponse::from_bytes(bytes)
+    let kept = bytes.try_get_u64_le().map_err(corrupt)?;
+    let response = StoredResponse::from_bytes(bytes)?;
+    Ok(State::Completed { response, kept })
+}
+
+/// How long a completed record is kept at least, from the moment on at which its key had this time to live, wherever in
+/// its life that was: the record may have been completed afterwards, and is kept for `kept` milliseconds from there.
+pub(super) fn remaining(time_to_live: i64, kept: u64) -> Retention {
+    let left = u64::try_from(time_to_live).unwrap_or(FOREVER).min(kept);
+    match left {
+        FOREVER.. => Retention::Forever,
+        millis => Retention::For(Duration::from_millis(millis)),
+    }
 }
 
 fn head_checksum(checked: &[u8]) -> u32 {
@@ -201,7 +227,7 @@ fn corrupt(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Store
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic)]
 
     use http::StatusCode;
 
@@ -216,7 +242,8 @@ mod tests {
     fn completed() -> Vec<u8> {
         let mut bytes = in_progress(&claim(), 5).to_vec();
         bytes[1] = COMPLETED;
-        bytes.extend(completion(&StoredResponse::not_kept(StatusCode::CREATED)));
+        let answer = StoredResponse::not_kept(StatusCode::CREATED);
+        bytes.extend(completion(&answer, Retention::For(Duration::from_secs(2))));
         bytes
     }
 
@@ -226,7 +253,8 @@ mod tests {
         0500000000000000e803000000000000\
         030404040404040404040404040404040404040404040404040404040404040404\
         4c9efc5a\
-        9faeb551\
+        6d1c1ba0\
+        d007000000000000\
         0101c90000000000000000000000000000000000";
 
     #[test]
@@ -236,7 +264,10 @@ mod tests {
         assert_eq!(hex, GOLDEN);
         let record = Record::decode(bytes).unwrap();
         assert_eq!((record.fence, record.keep), (5, 1000));
-        assert!(matches!(record.state, State::Completed(answer) if answer.status() == StatusCode::CREATED));
+        let State::Completed { response, kept } = record.state else {
+            panic!("it is completed");
+        };
+        assert_eq!((response.status(), kept), (StatusCode::CREATED, 2000));
     }
 
     #[test]
@@ -274,6 +305,19 @@ mod tests {
         assert_eq!(completed_millis(Retention::For(Duration::ZERO)), Some(1));
         assert_eq!(completed_millis(Retention::Forever), None);
         assert_eq!(completed_millis(Retention::For(Duration::MAX)), None);
+    }
+
+    #[test]
+    fn a_completed_record_is_known_to_remain_for_the_less_of_its_time_to_live_and_its_retention() {
+        let millis = |millis| Retention::For(Duration::from_millis(millis));
+        assert_eq!(remaining(700, 1000), millis(700));
+        // It was in progress or vacant when its time to live was asked for, and completed before it was read.
+        assert_eq!(remaining(90_000, 1000), millis(1000));
+        assert_eq!(remaining(-2, 1000), millis(1000));
+        assert_eq!(remaining(90_000, FOREVER), millis(90_000));
+        // Somebody made the server keep it for ever.
+        assert_eq!(remaining(-1, 1000), millis(1000));
+        assert_eq!(remaining(-1, FOREVER), Retention::Forever);
     }
 
     #[test]

@@ -1,0 +1,171 @@
+//! The settings of a [`PostgresStore`].
+
+use std::{sync::Arc, time::Duration};
+
+use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use tokio_postgres::{Config, NoTls};
+
+use super::{
+    Inner, PostgresStore, PostgresTable, connection::Connections, hints::Hints, purge, server, statements::Statements,
+    waiters::Waiters,
+};
+use crate::error::{StoreError, StoreErrorKind};
+
+/// The settings of a [`PostgresStore`], from [`PostgresStore::builder`].
+#[derive(Clone, Debug)]
+#[must_use = "nothing is connected until it is asked to"]
+pub struct PostgresStoreBuilder {
+    table: PostgresTable,
+    create_table: bool,
+    timeout: Duration,
+    max_connections: usize,
+    prepared_statements: bool,
+    purge_every: Option<Duration>,
+    refuse_forgetful_server: bool,
+}
+
+impl Default for PostgresStoreBuilder {
+    fn default() -> Self {
+        Self {
+            table: PostgresTable::default(),
+            create_table: false,
+            timeout: Duration::from_secs(1),
+            max_connections: 16,
+            prepared_statements: true,
+            purge_every: Some(Duration::from_secs(10)),
+            refuse_forgetful_server: false,
+        }
+    }
+}
+
+impl PostgresStoreBuilder {
+    /// The table that holds the records. Services that share a database need different ones, and the nodes of one
+    /// service the same. Default: `idempotency_records` in the schema `public`.
+    pub fn table(self, table: PostgresTable) -> Self {
+        Self { table, ..self }
+    }
+
+    /// Create the table where it is missing, as [`PostgresTable::create`] does. Default: a missing table is an error.
+    pub fn create_table(self, create: bool) -> Self {
+        Self {
+            create_table: create,
+            ..self
+        }
+    }
+
+    /// Within this time every step is answered or has failed as [`Unavailable`](StoreErrorKind::Unavailable), waiting
+    /// for a connection included. The layer tries a claim twice within its
+    /// [`store_timeout`](crate::IdempotencyLayer::store_timeout), so less than half of that. Default: one second.
+    ///
+    /// # Panics
+    /// If it is zero.
+    pub fn timeout(self, timeout: Duration) -> Self {
+        assert!(!timeout.is_zero(), "no server answers in no time");
+        Self { timeout, ..self }
+    }
+
+    /// How many connections [`connect`](Self::connect) opens at most; a pool of your own has its own limit. A step takes
+    /// one for as long as the server works on it, some milliseconds. Default: 16.
+    ///
+    /// # Panics
+    /// If it is zero.
+    pub fn max_connections(self, max: usize) -> Self {
+        assert!(max > 0, "without a connection nothing is stored");
+        Self {
+            max_connections: max,
+            ..self
+        }
+    }
+
+    /// Prepare each statement once for each connection. `false` sends it whole each time, in one flight as well, which
+    /// costs the server its planning; behind a pooler in transaction mode that knows nothing of prepared statements
+    /// (pgbouncer without `max_prepared_statements`) it has to be `false`. Default: `true`.
+    pub fn prepared_statements(self, prepared: bool) -> Self {
+        Self {
+            prepared_statements: prepared,
+            ..self
+        }
+    }
+
+    /// Remove what has expired, in batches of 1,000, about this often and more often while there is more. `None` leaves
+    /// it to you, by [`PostgresStore::purge`]. Default: every 10 seconds.
+    ///
+    /// # Panics
+    /// If it is zero.
+    pub fn purge_every(self, interval: Option<Duration>) -> Self {
+        assert!(interval != Some(Duration::ZERO), "a purge takes some time");
+        Self {
+            purge_every: interval,
+            ..self
+        }
+    }
+
+    /// Refuse to connect to a server that may forget what it was given: with `synchronous_commit`, `fsync` or
+    /// `full_page_writes` off. Default: it is used, with a warning.
+    pub fn refuse_forgetful_server(self, refuse: bool) -> Self {
+        Self {
+            refuse_forgetful_server: refuse,
+            ..self
+        }
+    }
+
+    /// Connects to a server by its URL, such as `postgres://user:password@host:5432/database`, with a pool of its own
+    /// and without TLS. Several hosts may be named; `target_session_attrs=read-write` finds the primary among them.
+    ///
+    /// # Errors
+    /// [`Unavailable`](StoreErrorKind::Unavailable) if it cannot be reached now, and [`Other`](StoreErrorKind::Other)
+    /// for a URL that is none, a refused log-in, a server before PostgreSQL 13, a replica, a table that is missing, of
+    /// another version or not to be written to, or a server that is [refused](Self::refuse_forgetful_server).
+    pub async fn connect(self, url: &str) -> Result<PostgresStore, StoreError> {
+        let mut config: Config = url
+            .parse()
+            .map_err(|error: tokio_postgres::Error| StoreError::with_source(StoreErrorKind::Other, error))?;
+        if config.get_application_name().is_none() {
+            config.application_name("tower-idempotency");
+        }
+        if config.get_connect_timeout().is_none() {
+            config.connect_timeout(self.timeout);
+        }
+        // A look at the socket; whether the server answers is found by the step that needs it.
+        let recycling_method = RecyclingMethod::Fast;
+        let manager = Manager::from_config(config, NoTls, ManagerConfig { recycling_method });
+        let pool = Pool::builder(manager)
+            .max_size(self.max_connections)
+            .runtime(Runtime::Tokio1)
+            .build()
+            .map_err(|error| StoreError::with_source(StoreErrorKind::Other, error))?;
+        self.connect_pool(pool).await
+    }
+
+    /// Uses a pool of your own making: with TLS, limits and hooks as you like them. It may be shared with your handlers;
+    /// a handler that waits for a connection while it holds one may then keep the store from the last.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn connect_pool(self, pool: Pool) -> Result<PostgresStore, StoreError> {
+        if self.create_table {
+            let created = tokio::time::timeout(self.timeout, self.table.create(&pool)).await;
+            created.map_err(|elapsed| StoreError::with_source(StoreErrorKind::Unavailable, elapsed))??;
+        }
+        let statements = Statements::new(&self.table);
+        let connections = Arc::new(Connections::new(pool, self.prepared_statements, self.timeout));
+        server::check(
+            &connections,
+            &self.table,
+            &statements.look,
+            self.refuse_forgetful_server,
+        )
+        .await?;
+        let inner = Arc::new(Inner {
+            waiters: Waiters::new(Arc::clone(&connections), statements.in_progress.clone()),
+            hints: Hints::new(),
+            table: self.table,
+            statements,
+            connections,
+        });
+        if let Some(every) = self.purge_every {
+            tokio::spawn(purge::repeat(Arc::downgrade(&inner), every));
+        }
+        Ok(PostgresStore { inner })
+    }
+}

@@ -1,0 +1,61 @@
+//! What an error of the server, the connection or the pool means for a step.
+
+use deadpool_postgres::PoolError;
+use tokio_postgres::Error;
+
+use crate::error::{StoreError, StoreErrorKind};
+
+/// Fenced, corrupt bytes and newer versions are found in answers; these are the steps that got none.
+pub(crate) fn classify(error: Error) -> StoreError {
+    StoreError::with_source(kind(&error), error)
+}
+
+/// No connection: nothing was sent.
+pub(crate) fn of_pool(error: PoolError) -> StoreError {
+    let kind = match &error {
+        PoolError::Backend(error) => kind(error),
+        PoolError::Closed | PoolError::NoRuntimeSpecified => StoreErrorKind::Other,
+        // All are taken, or a hook of the user's refused this one.
+        PoolError::Timeout(_) | PoolError::PostCreateHook(_) => StoreErrorKind::Unavailable,
+    };
+    StoreError::with_source(kind, error)
+}
+
+/// Where it is open whether the step was applied, or where the same step may succeed later, it is `Unavailable`.
+fn kind(error: &Error) -> StoreErrorKind {
+    match error.code() {
+        Some(state) => kind_of(state.code()),
+        // The client could not make the request, or the server is no such server; else the connection broke.
+        None if error.to_string().contains("invalid configuration") => StoreErrorKind::Other,
+        None => StoreErrorKind::Unavailable,
+    }
+}
+
+pub(crate) fn kind_of(code: &str) -> StoreErrorKind {
+    match code {
+        // Disk full.
+        "53100" => StoreErrorKind::Full,
+        // A primary that became a replica: the next connection may find the new primary.
+        "25006" => StoreErrorKind::Unavailable,
+        // A plan for a table that was altered meanwhile; a prepared statement of another connection, behind a pooler
+        // that does not know of it. The connection is given up, and the next one knows better.
+        "0A000" | "26000" | "42P05" => StoreErrorKind::Unavailable,
+        // A lock was not to be had in the time that somebody set.
+        "55P03" => StoreErrorKind::Unavailable,
+        "XX001" | "XX002" => StoreErrorKind::Corrupt,
+        _ => match code.get(..2) {
+            // Connections; rolled back for the sake of others (40001, 40P01); out of connections (53300) or another
+            // resource; stopped by somebody (57P01, 57014); the system around the server.
+            Some("08" | "40" | "53" | "57" | "58") => StoreErrorKind::Unavailable,
+            _ => StoreErrorKind::Other,
+        },
+    }
+}
+
+/// The server rolled the step back for the sake of another one, and it can be repeated at once.
+pub(crate) fn is_rolled_back(error: &StoreError) -> bool {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<Error>());
+    source
+        .and_then(Error::code)
+        .is_some_and(|state| state.code().starts_with("40"))
+}

@@ -1,0 +1,277 @@
+//! Records in a table of a PostgreSQL server.
+
+mod builder;
+mod connection;
+pub(crate) mod failure;
+mod hints;
+mod purge;
+pub(crate) mod record;
+mod server;
+pub(crate) mod statements;
+mod table;
+mod waiters;
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+use tokio_postgres::types::Type;
+
+pub use self::{builder::PostgresStoreBuilder, table::PostgresTable};
+use self::{
+    connection::{Connections, Value},
+    hints::Hints,
+    record::{COMPLETED, Found, Row},
+    statements::{Statements, micros, retention_micros},
+    waiters::Waiters,
+};
+use super::Store;
+use crate::{
+    codec::StoredResponse,
+    error::{StoreError, StoreErrorKind},
+    record::{Begin, Claim, Lease, RecordId, Retention},
+};
+
+/// Keeps records in a table of a PostgreSQL server (13 or newer) that many nodes share. Clones share the pool.
+///
+/// ```no_run
+/// use tower_idempotency::{IdempotencyLayer, PostgresStore};
+///
+/// # async fn connect() -> Result<(), tower_idempotency::StoreError> {
+/// let store = PostgresStore::builder()
+///     .create_table(true)
+///     .connect("postgres://app@127.0.0.1/payments")
+///     .await?;
+/// let layer = IdempotencyLayer::new(store);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// The server's clock counts leases and retentions. What was answered is as durable as the server's commits are. While
+/// the server cannot be reached, requests with a key are refused: 503 with `Retry-After`.
+///
+#[doc = include_str!("../../../docs/postgres.md")]
+#[derive(Clone)]
+pub struct PostgresStore {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    connections: Arc<Connections>,
+    table: PostgresTable,
+    statements: Statements,
+    hints: Hints,
+    waiters: Arc<Waiters>,
+}
+
+impl PostgresStore {
+    /// Connects to a server by its URL, with default settings. The table has to be there.
+    ///
+    /// # Errors
+    /// As [`PostgresStoreBuilder::connect`].
+    pub async fn connect(url: &str) -> Result<Self, StoreError> {
+        Self::builder().connect(url).await
+    }
+
+    /// The settings of a store.
+    pub fn builder() -> PostgresStoreBuilder {
+        PostgresStoreBuilder::default()
+    }
+
+    /// Removes records that have expired, at most 1,000, and says how many. Done by itself unless
+    /// [`purge_every`](PostgresStoreBuilder::purge_every) is `None`. Records that others work on are left for later.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Other`.
+    pub async fn purge(&self) -> Result<u64, StoreError> {
+        self.inner.purge().await
+    }
+}
+
+impl fmt::Debug for PostgresStore {
+    /// Not the address: it may hold a password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresStore")
+            .field("table", &self.inner.table)
+            .field("connections", &self.inner.connections.pool().status())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Store for PostgresStore {
+    async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
+        let begin = self.inner.begin(id, claim).await?;
+        if let Begin::Completed { .. } = begin {
+            self.inner.hints.add(id);
+        }
+        Ok(begin)
+    }
+
+    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
+        let answer: &[u8] = response.as_bytes();
+        let (checksum, retention) = (record::checksum(&lease.id, answer), retention_micros(retention));
+        let values = [
+            (&answer as _, Type::BYTEA),
+            (&checksum as _, Type::INT4),
+            (&retention as _, Type::INT8),
+        ];
+        let inner = &self.inner;
+        let deadline = inner.connections.deadline();
+        match inner.end(&inner.statements.complete, lease, &values, deadline).await {
+            // The answer of an earlier try was lost.
+            Err(error) if error.kind() == StoreErrorKind::Fenced && inner.is_completed_by(lease, deadline).await? => {}
+            result => result?,
+        }
+        inner.hints.add(&lease.id);
+        Ok(())
+    }
+
+    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+        let deadline = self.inner.connections.deadline();
+        let fence = self
+            .inner
+            .renew(lease.id, lease.owner.as_bytes(), length, deadline)
+            .await?;
+        fence.map(drop).ok_or(StoreErrorKind::Fenced.into())
+    }
+
+    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+        let deadline = self.inner.connections.deadline();
+        self.inner
+            .end(&self.inner.statements.release, lease, &[], deadline)
+            .await
+    }
+
+    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+        let deadline = self.inner.connections.deadline();
+        self.inner
+            .end(&self.inner.statements.abandon, lease, &[], deadline)
+            .await
+    }
+
+    async fn changed(&self, id: &RecordId) {
+        self.inner.waiters.changed(id).await;
+    }
+}
+
+impl Inner {
+    /// Nearly always one statement. What it finds to be vacant or lost is claimed by another, which compares what was
+    /// seen and does nothing if it is not so any more; then all begins from the start.
+    async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
+        let deadline = self.connections.deadline();
+        let acquired = |fence| Ok(Begin::Acquired(Lease::new(*id, claim.owner, fence)));
+        let mut look_first = self.hints.has(id);
+        // Each turn somebody else got ahead; the deadline ends it at last.
+        loop {
+            let found = match std::mem::take(&mut look_first) {
+                true => self.look(id, deadline).await?,
+                false => {
+                    let row = self.ask(&self.statements.claim, id, claim, &[], deadline).await?;
+                    row.as_ref().map(Row::read).transpose()?
+                }
+            };
+            let found = found.map(|row| row.found(id, claim.owner)).transpose()?;
+            let next = match found {
+                None => None,
+                Some(Found::Acquired(lease)) => return Ok(Begin::Acquired(lease)),
+                Some(Found::Own) => self.renew(*id, claim.owner.as_bytes(), claim.lease, deadline).await?,
+                Some(Found::Expired) => {
+                    let row = self
+                        .ask(&self.statements.claim_expired, id, claim, &[], deadline)
+                        .await?;
+                    fence(row.as_ref())?
+                }
+                Some(Found::Other(Begin::Abandoned { lost, .. })) if claim.takeover == Some(lost) => {
+                    let (owner, number) = (&lost.owner.as_bytes()[..], lost.fence.cast_signed());
+                    let lost = [(&owner as _, Type::BYTEA), (&number as _, Type::INT8)];
+                    let row = self.ask(&self.statements.take_over, id, claim, &lost, deadline).await?;
+                    fence(row.as_ref())?
+                }
+                Some(Found::Other(begin)) => return Ok(begin),
+            };
+            if let Some(fence) = next {
+                return acquired(fence.cast_unsigned());
+            }
+        }
+    }
+
+    /// One of the statements that a claim is made by.
+    async fn ask(
+        &self,
+        sql: &str,
+        id: &RecordId,
+        claim: &Claim,
+        more: &[Value<'_>],
+        deadline: Instant,
+    ) -> Result<Option<tokio_postgres::Row>, StoreError> {
+        let (id, owner) = (&id.as_bytes()[..], &claim.owner.as_bytes()[..]);
+        let algorithm = i16::from(claim.fingerprint.algorithm());
+        let digest = &claim.fingerprint.digest()[..];
+        let (lease, retention) = (micros(claim.lease), retention_micros(claim.retention));
+        let mut values: Vec<Value<'_>> = vec![
+            (&id, Type::BYTEA),
+            (&owner, Type::BYTEA),
+            (&algorithm, Type::INT2),
+            (&digest, Type::BYTEA),
+            (&lease, Type::INT8),
+            (&retention, Type::INT8),
+        ];
+        values.extend_from_slice(more);
+        let rows = self.connections.query(sql, &values, deadline).await?;
+        Ok(rows.into_iter().next())
+    }
+
+    async fn look(&self, id: &RecordId, deadline: Instant) -> Result<Option<Row>, StoreError> {
+        let id = &id.as_bytes()[..];
+        let rows = self
+            .connections
+            .query(&self.statements.look, &[(&id, Type::BYTEA)], deadline)
+            .await?;
+        rows.first().map(Row::read).transpose()
+    }
+
+    /// The fence, if the record is the owner's and in progress.
+    async fn renew(
+        &self,
+        id: RecordId,
+        owner: &[u8],
+        length: Duration,
+        deadline: Instant,
+    ) -> Result<Option<i64>, StoreError> {
+        let (id, length) = (&id.as_bytes()[..], micros(length));
+        let values = [
+            (&id as _, Type::BYTEA),
+            (&owner as _, Type::BYTEA),
+            (&length as _, Type::INT8),
+        ];
+        let rows = self
+            .connections
+            .query(&self.statements.renew, &values, deadline)
+            .await?;
+        fence(rows.first())
+    }
+
+    async fn end(&self, sql: &str, lease: &Lease, more: &[Value<'_>], deadline: Instant) -> Result<(), StoreError> {
+        let (id, owner) = (&lease.id.as_bytes()[..], &lease.owner.as_bytes()[..]);
+        let mut values: Vec<Value<'_>> = vec![(&id, Type::BYTEA), (&owner, Type::BYTEA)];
+        values.extend_from_slice(more);
+        if self.connections.execute(sql, &values, deadline).await? == 0 {
+            return Err(StoreErrorKind::Fenced.into());
+        }
+        self.waiters.wake(&lease.id);
+        Ok(())
+    }
+
+    async fn is_completed_by(&self, lease: &Lease, deadline: Instant) -> Result<bool, StoreError> {
+        let row = self.look(&lease.id, deadline).await?;
+        Ok(row.is_some_and(|row| {
+            row.state == Some(COMPLETED)
+                && row.expired == Some(false)
+                && row.owner.as_deref() == Some(&lease.owner.as_bytes()[..])
+        }))
+    }
+}
+
+fn fence(row: Option<&tokio_postgres::Row>) -> Result<Option<i64>, StoreError> {
+    row.map(|row| row.try_get("fence").map_err(failure::classify))
+        .transpose()
+}

@@ -1,0 +1,142 @@
+//! A record as the server gives it back.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::statements::FOREVER;
+use crate::{
+    codec::StoredResponse,
+    error::{StoreError, StoreErrorKind},
+    fingerprint::Fingerprint,
+    record::{Begin, Lease, Owner, RecordId, Retention},
+};
+
+/// The columns of a *record*, by the names that [`Statements`](super::statements::Statements) give them, whichever
+/// client read them.
+#[derive(Debug, Default)]
+pub(crate) struct Row {
+    /// The claim made it; then there is a fence and nothing else.
+    pub(crate) acquired: bool,
+    pub(crate) owner: Option<Vec<u8>>,
+    pub(crate) fence: i64,
+    pub(crate) state: Option<i8>,
+    pub(crate) algorithm: Option<i16>,
+    pub(crate) fingerprint: Option<Vec<u8>>,
+    pub(crate) answer: Option<Vec<u8>>,
+    pub(crate) checksum: Option<i32>,
+    pub(crate) expired: Option<bool>,
+    /// Microseconds, of the lease of a record in progress, or until any other expires. Past its end it is zero or less.
+    pub(crate) time_left: Option<i64>,
+}
+
+/// What a claim found.
+#[derive(Debug)]
+pub(crate) enum Found {
+    Acquired(Lease),
+    /// A record that counts as if it were not there.
+    Expired,
+    /// In progress, and the claim's own.
+    Own,
+    /// Somebody else's, as [`Begin`] says it; never `Begin::Acquired`.
+    Other(Begin),
+}
+
+const IN_PROGRESS: i8 = b'p' as i8;
+const ABANDONED: i8 = b'a' as i8;
+pub(crate) const COMPLETED: i8 = b'c' as i8;
+
+impl Row {
+    /// As tokio-postgres gives it.
+    pub(crate) fn read(row: &tokio_postgres::Row) -> Result<Self, StoreError> {
+        let read = || {
+            Ok(Self {
+                acquired: row.try_get("acquired")?,
+                owner: row.try_get("owner")?,
+                fence: row.try_get("fence")?,
+                state: row.try_get("state")?,
+                algorithm: row.try_get("algorithm")?,
+                fingerprint: row.try_get("fingerprint")?,
+                answer: row.try_get("answer")?,
+                checksum: row.try_get("checksum")?,
+                expired: row.try_get("expired")?,
+                time_left: row.try_get("time_left")?,
+            })
+        };
+        // A value that is of another type than its column's.
+        read().map_err(|error: tokio_postgres::Error| corrupt(error))
+    }
+
+    /// Reads a row that is `asking`'s answer.
+    pub(crate) fn found(self, id: &RecordId, asking: Owner) -> Result<Found, StoreError> {
+        let fence = u64::try_from(self.fence).map_err(corrupt)?;
+        if self.acquired {
+            return Ok(Found::Acquired(Lease::new(*id, asking, fence)));
+        }
+        if self.expired.ok_or_else(missing)? {
+            return Ok(Found::Expired);
+        }
+        let owner = Owner::from_bytes(array(self.owner)?);
+        let algorithm = self.algorithm.ok_or_else(missing)?;
+        let fingerprint = Fingerprint::new(u8::try_from(algorithm).map_err(corrupt)?, array(self.fingerprint)?);
+        let abandoned = || Begin::Abandoned {
+            fingerprint,
+            lost: Lease::new(*id, owner, fence),
+        };
+        Ok(match self.state {
+            Some(COMPLETED) => Found::Other(Begin::Completed {
+                fingerprint,
+                response: answer(id, self.answer, self.checksum)?,
+                remaining: self.time_left.map(remaining),
+            }),
+            Some(ABANDONED) => Found::Other(abandoned()),
+            Some(IN_PROGRESS) if owner == asking => Found::Own,
+            Some(IN_PROGRESS) => match u64::try_from(self.time_left.ok_or_else(missing)?) {
+                Ok(left @ 1..) => Found::Other(Begin::InProgress {
+                    fingerprint,
+                    remaining: Duration::from_micros(left),
+                }),
+                _ => Found::Other(abandoned()),
+            },
+            // A newer version of the table says so in its comment, which is read at the start.
+            _ => return Err(corrupt("there is no such state")),
+        })
+    }
+}
+
+/// Of id and answer together, so that an answer under another id is found, too.
+pub(crate) fn checksum(id: &RecordId, answer: &[u8]) -> i32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(id.as_bytes());
+    hasher.update(answer);
+    i32::from_ne_bytes(hasher.finalize().to_ne_bytes())
+}
+
+fn answer(id: &RecordId, answer: Option<Vec<u8>>, expected: Option<i32>) -> Result<StoredResponse, StoreError> {
+    let (answer, expected) = (answer.ok_or_else(missing)?, expected.ok_or_else(missing)?);
+    if checksum(id, &answer) != expected {
+        return Err(corrupt("the checksum is another one"));
+    }
+    StoredResponse::from_bytes(Bytes::from(answer))
+}
+
+fn remaining(micros: i64) -> Retention {
+    match u64::try_from(micros) {
+        Ok(micros) if micros < FOREVER.unsigned_abs() => Retention::For(Duration::from_micros(micros)),
+        Ok(_) => Retention::Forever,
+        Err(_) => Retention::For(Duration::ZERO),
+    }
+}
+
+fn array<const N: usize>(bytes: Option<Vec<u8>>) -> Result<[u8; N], StoreError> {
+    let bytes = bytes.ok_or_else(missing)?;
+    <[u8; N]>::try_from(bytes).map_err(|_| corrupt("a value is of another length"))
+}
+
+fn missing() -> StoreError {
+    corrupt("a value is missing")
+}
+
+fn corrupt(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> StoreError {
+    StoreError::with_source(StoreErrorKind::Corrupt, source)
+}

@@ -1,0 +1,126 @@
+//! The table of PostgreSQL's records: created once, under any name, and refused where it is another one.
+#![cfg(feature = "postgres")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::error::Error;
+
+use support::postgres::Postgres;
+use tower_idempotency::{PostgresTable, StoreError, StoreErrorKind};
+
+fn reason(result: Result<(), StoreError>) -> String {
+    let error = result.unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::Other);
+    error.source().expect("a reason").to_string()
+}
+
+#[tokio::test]
+async fn nodes_that_start_together_create_the_table_once() {
+    let server = Postgres::start(&[]);
+    let table = PostgresTable::new("payments", "keys");
+    let creating = (0..8).map(|_| {
+        let (pool, table) = (server.pool(1), table.clone());
+        tokio::spawn(async move { table.create(&pool).await })
+    });
+    for created in creating.collect::<Vec<_>>() {
+        created.await.unwrap().unwrap();
+    }
+    server
+        .say("INSERT INTO payments.keys VALUES (1, now(), now(), now(), 0, 0, 0, 'p', '', '', '', '')")
+        .await;
+    table.create(&server.pool(1)).await.unwrap();
+    assert_eq!(server.ask::<i64>("SELECT count(*) FROM payments.keys").await, 1);
+}
+
+#[tokio::test]
+async fn any_name_is_a_table_and_none_is_anything_else() {
+    let server = Postgres::start(&[]);
+    let pool = server.pool(1);
+    for (schema, name) in [
+        ("public", "idempotency_records"),
+        ("public", "Idempotency Records"),
+        ("a \"quoted\" one", "x'); DROP TABLE y; --"),
+        ("back\\slash", "ünïcode.table"),
+        ("select", "table"),
+        ("public", &"x".repeat(63)),
+    ] {
+        let table = PostgresTable::new(schema, name);
+        table.create(&pool).await.unwrap();
+        table.create(&pool).await.unwrap();
+        let found: i64 = server
+            .client()
+            .await
+            .query_one(
+                "SELECT count(*) FROM pg_tables WHERE schemaname = $1 AND tablename = $2",
+                &[&schema, &name],
+            )
+            .await
+            .unwrap()
+            .get(0);
+        assert_eq!(found, 1, "{table}");
+    }
+}
+
+#[tokio::test]
+async fn the_printed_schema_is_the_one_that_is_created() {
+    let server = Postgres::start(&[]);
+    let (printed, created) = (PostgresTable::new("printed", "t"), PostgresTable::new("created", "t"));
+    // As a migration tool does, in one transaction.
+    server.say(&format!("BEGIN; {} COMMIT;", printed.sql())).await;
+    printed.create(&server.pool(1)).await.unwrap();
+    created.create(&server.pool(1)).await.unwrap();
+    let shape = async |schema: &str| {
+        let sql = format!(
+            "SELECT string_agg(concat_ws(' ', attname, format_type(atttypid, atttypmod), attnotnull, attstorage), ', ' \
+             ORDER BY attnum) || (SELECT string_agg(replace(indexdef, schemaname, ''), ', ' ORDER BY indexname) \
+             FROM pg_indexes WHERE schemaname = '{schema}') || (SELECT reloptions::text FROM pg_class \
+             WHERE oid = '{schema}.t'::regclass) FROM pg_attribute WHERE attrelid = '{schema}.t'::regclass AND attnum > 0"
+        );
+        server.ask::<String>(&sql).await
+    };
+    let shape_of_printed = shape("printed").await;
+    assert_eq!(shape_of_printed, shape("created").await);
+    for part in ["answer bytea f e", "id bytea t", "(purge_at)", "fillfactor=70"] {
+        assert!(shape_of_printed.contains(part), "{part}: {shape_of_printed}");
+    }
+}
+
+#[tokio::test]
+async fn a_newer_table_and_one_of_another_kind_are_refused_in_words() {
+    let server = Postgres::start(&[]);
+    let (table, pool) = (PostgresTable::default(), server.pool(1));
+    server.say("CREATE TABLE idempotency_records (id int)").await;
+    assert!(reason(table.create(&pool).await).contains("it is another table"));
+    server
+        .say("COMMENT ON TABLE idempotency_records IS 'tower-idempotency records, version 2'")
+        .await;
+    assert!(reason(table.create(&pool).await).contains("is of version 2, and this software knows 1"));
+    server
+        .say("COMMENT ON TABLE idempotency_records IS 'tower-idempotency records, version 0'")
+        .await;
+    assert!(reason(table.create(&pool).await).contains("migrate it"));
+}
+
+#[tokio::test]
+async fn a_role_that_may_not_create_schemas_creates_its_table_in_one_that_is_there() {
+    let server = Postgres::start(&[]);
+    server
+        .say("CREATE ROLE app LOGIN; CREATE SCHEMA own AUTHORIZATION app")
+        .await;
+    let url = server.url().replace("postgres@", "app@");
+    let pool = support::postgres::pool(&url, 1);
+    PostgresTable::new("own", "records").create(&pool).await.unwrap();
+    let refused = reason(PostgresTable::new("other", "records").create(&pool).await);
+    assert!(
+        refused.contains("permission denied") || refused.contains("db error"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn a_name_that_no_table_can_have_is_a_mistake() {
+    for name in [String::new(), "x".repeat(64), "nul\0".to_owned()] {
+        assert!(std::panic::catch_unwind(|| PostgresTable::new("public", name)).is_err());
+    }
+}
