@@ -15,11 +15,12 @@ use tokio::runtime::Runtime;
 use tower::{ServiceExt, layer::util::Identity};
 use tower_idempotency::{IdempotencyLayer, MemoryStore};
 
-/// The most that the layer adds, in allocations and bytes.
-const NOT_KEYED: (i64, i64) = (2, 200);
-const FIRST: (i64, i64) = (13, 4300);
+/// What the layer adds: allocations exactly, so that less is written down here, too, and bytes at most, since the sizes of
+/// futures differ a little between compilers.
+const NOT_KEYED: (i64, i64) = (2, 150);
+const FIRST: (i64, i64) = (11, 3300);
 /// Less than nothing: the handler, which does not run, takes more.
-const REPLAY: (i64, i64) = (-3, -1500);
+const REPLAY: (i64, i64) = (-3, -1100);
 /// Live heap of a completed key with an answer of 1,024 bytes.
 const RECORD: i64 = 1450;
 
@@ -77,8 +78,8 @@ fn a_request_takes_no_more_allocations_than_it_did() {
         let added = (count - bare.0, bytes - bare.1);
         println!("{name}: {added:?} beside {bare:?}");
         assert!(
-            added.0 <= most.0 && added.1 <= most.1,
-            "{name}: the layer adds {added:?} allocations and bytes, and may add {most:?}"
+            added.0 == most.0 && added.1 <= most.1,
+            "{name}: the layer adds {added:?} allocations and bytes, which was {most:?}"
         );
     };
     let mut key = 1;
