@@ -45,9 +45,13 @@ fn allocations(runtime: &Runtime, body: &Bytes) {
     show("router with a layer of nothing", nothing, &mut || request(0, body));
     show("not keyed", &mut protected(&store), &mut || without_key(body));
     show("first", &mut protected(&store), &mut fresh);
-    show("first, by hand", &mut hand_rolled::protected(&records), &mut fresh);
+    show(
+        "first, by hand",
+        &mut hand_rolled::around(router(), &records),
+        &mut fresh,
+    );
     show("hot replay", &mut protected(&store), &mut || request(0, body));
-    let by_hand = &mut hand_rolled::protected(&records);
+    let by_hand = &mut hand_rolled::around(router(), &records);
     show("hot replay, by hand", by_hand, &mut || request(0, body));
 }
 
@@ -75,7 +79,7 @@ fn live_heap(runtime: &Runtime, body: &Bytes) {
     }
     let store = Records::default();
     let records = 1_000_000;
-    let counted = allocation_counter::measure(|| fill(runtime, hand_rolled::protected(&store), body, records));
+    let counted = allocation_counter::measure(|| fill(runtime, hand_rolled::around(router(), &store), body, records));
     let each = counted.bytes_current as f64 / records as f64;
     println!("  {:<34} {records:>9} keys {each:>6.0} bytes", "by hand");
 }

@@ -19,8 +19,6 @@ use dashmap::{DashMap, Entry};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use sha2::{Digest, Sha256};
 
-use super::service::router;
-
 type Id = [u8; 32];
 
 #[derive(Clone, Default)]
@@ -28,10 +26,10 @@ pub struct Records(Arc<DashMap<Id, Record>>);
 
 struct Record {
     fingerprint: [u8; 32],
-    state: State_,
+    state: Kept,
 }
 
-enum State_ {
+enum Kept {
     InFlight,
     Lost,
     Completed {
@@ -45,8 +43,8 @@ enum State_ {
 const LIMIT: usize = 1 << 20;
 const KEPT: Duration = Duration::from_secs(24 * 60 * 60);
 
-pub fn protected(records: &Records) -> Router {
-    router().layer(from_fn_with_state(records.clone(), once))
+pub fn around(router: Router, records: &Records) -> Router {
+    router.layer(from_fn_with_state(records.clone(), once))
 }
 
 /// Dropped without an answer, the attempt is lost: the client left, or the handler panicked.
@@ -60,7 +58,7 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         if !self.done {
             if let Some(mut record) = self.records.0.get_mut(&self.id) {
-                record.state = State_::Lost;
+                record.state = Kept::Lost;
             }
         }
     }
@@ -91,19 +89,19 @@ async fn once(State(records): State<Records>, request: Request, next: Next) -> R
         Entry::Vacant(vacant) => {
             vacant.insert(Record {
                 fingerprint,
-                state: State_::InFlight,
+                state: Kept::InFlight,
             });
         }
         Entry::Occupied(mut occupied) => {
             let record = occupied.get_mut();
             match &record.state {
-                State_::Completed { expires, .. } if *expires <= Instant::now() => {
+                Kept::Completed { expires, .. } if *expires <= Instant::now() => {
                     record.fingerprint = fingerprint;
-                    record.state = State_::InFlight;
+                    record.state = Kept::InFlight;
                 }
                 _ if record.fingerprint != fingerprint => return StatusCode::UNPROCESSABLE_ENTITY.into_response(),
-                State_::InFlight | State_::Lost => return StatusCode::CONFLICT.into_response(),
-                State_::Completed {
+                Kept::InFlight | Kept::Lost => return StatusCode::CONFLICT.into_response(),
+                Kept::Completed {
                     status, headers, body, ..
                 } => {
                     let mut response = Response::new(Body::from(body.clone()));
@@ -129,7 +127,7 @@ async fn once(State(records): State<Records>, request: Request, next: Next) -> R
     let mut headers = parts.headers.clone();
     headers.remove(header::SET_COOKIE);
     if let Some(mut record) = attempt.records.0.get_mut(&id) {
-        record.state = State_::Completed {
+        record.state = Kept::Completed {
             status: parts.status,
             headers,
             body: body.clone(),

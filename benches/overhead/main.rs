@@ -86,7 +86,7 @@ fn main() {
     fill(&runtime, protected(&small), 16);
     let _held = in_flight(&runtime, &small, 1 << 60);
     let by_hand = Records::default();
-    fill(&runtime, hand_rolled::protected(&by_hand), 16);
+    fill(&runtime, hand_rolled::around(router(), &by_hand), 16);
     let large = MemoryStore::new();
     if wants("100 k") {
         fill(&runtime, protected(&large), RESIDENT);
@@ -109,14 +109,16 @@ fn main() {
         same("not keyed", None, protected(&small), ok, || without_key(&BODY)),
         first("first", Some(2.4), || protected(&MemoryStore::new())),
         first("first, around the router", None, || around(&MemoryStore::new())),
-        first("first, by hand", None, || hand_rolled::protected(&Records::default())),
+        first("first, by hand", None, || {
+            hand_rolled::around(router(), &Records::default())
+        }),
         over_many("first over 100 k keys", protected(&large), 1 << 50..1 << 60),
         same("hot replay", Some(1.6), protected(&small), ok, replayed),
         same("hot replay, around the router", None, around(&small), ok, replayed),
         same(
             "hot replay, by hand",
             None,
-            hand_rolled::protected(&by_hand),
+            hand_rolled::around(router(), &by_hand),
             ok,
             replayed,
         ),
