@@ -26,7 +26,7 @@ fn protected(store: &MemoryStore) -> Router {
 
 fn allocations(runtime: &Runtime, body: &Bytes) {
     println!("allocations of one request (count, bytes), the request's own included");
-    let mut show = |name: &str, service: &mut Router, make: &mut dyn FnMut() -> Request<Body>| {
+    let show = |name: &str, service: &mut Router, make: &mut dyn FnMut() -> Request<Body>| {
         // Once without counting: what is made once for all requests is not a request's.
         runtime.block_on(send(service, make(), StatusCode::OK));
         let counted = allocation_counter::measure(|| {
