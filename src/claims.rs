@@ -4,8 +4,6 @@
 //! attempt at the same operation left behind is taken over, and what another operation holds is never touched. Each of
 //! the others is kept with the name of the operation in place of a fingerprint.
 
-use tokio::time::Instant;
-
 use crate::{
     error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
@@ -13,6 +11,7 @@ use crate::{
     guard::Guard,
     record::{Begin, Claim, Lease, RecordId},
     rejection::{Rejection, RejectionKind},
+    sync::Instant,
 };
 
 /// Claims `others` under a guard that holds the operation's own record. What was claimed is with the guard, also when

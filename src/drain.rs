@@ -1,17 +1,12 @@
 //! Work that outlives the request that caused it, and waiting for it at shutdown.
 
-use std::{
-    fmt,
-    future::Future,
-    pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire},
-    },
-    time::Duration,
-};
+use std::{fmt, future::Future, pin::pin, sync::Arc, time::Duration};
 
-use tokio::{runtime::Handle, sync::Notify, time::timeout};
+use crate::sync::{
+    Handle, Notify,
+    atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire},
+    timeout,
+};
 
 /// Counts tasks, and tells when there is none.
 #[derive(Debug, Default)]

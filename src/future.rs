@@ -12,7 +12,6 @@ use http::{Request, Response, request};
 use http_body::Body;
 use http_body_util::LengthLimitError;
 use pin_project_lite::pin_project;
-use tokio::runtime::Handle;
 use tower_service::Service;
 use tracing::{Instrument, Span};
 
@@ -23,6 +22,7 @@ use crate::{
     key::IdempotencyKey,
     rejection::{Rejection, RejectionKind},
     shared::Shared,
+    sync::Handle,
 };
 
 pin_project! {

@@ -4,14 +4,9 @@ use std::{
     future::{Future, poll_fn},
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     task::Poll,
     time::Duration,
-};
-
-use tokio::{
-    runtime::Handle,
-    time::{Instant, sleep},
 };
 
 use crate::{
@@ -21,6 +16,7 @@ use crate::{
     random,
     record::{Lease, Retention},
     shared::Shared,
+    sync::{Handle, Instant, Mutex, PoisonError, sleep},
 };
 
 /// How an attempt ended.

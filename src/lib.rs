@@ -37,6 +37,11 @@ mod service;
 mod shared;
 mod statuses;
 mod store;
+#[cfg(not(shuttle))]
+mod sync;
+#[cfg(shuttle)]
+#[doc(hidden)]
+pub mod sync;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod wait;

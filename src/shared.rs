@@ -9,7 +9,7 @@ use std::{
 
 use http::{Response, request};
 use http_body::Body;
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::sync::Semaphore;
 
 use crate::{
     body::{BufferedBody, ResponseBody},
@@ -21,6 +21,7 @@ use crate::{
     rejection::Rejection,
     routes::Routes,
     store::{Call, DynStore},
+    sync::timeout,
     wait::Waiting,
 };
 

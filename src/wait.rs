@@ -4,14 +4,18 @@ use std::{
     collections::HashMap,
     future::{Future, poll_fn},
     pin::{Pin, pin},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
-use tokio::time::{Instant, sleep};
-
-use crate::{flow::Exchange, policy::Concurrent, record::RecordId, shared::Shared};
+use crate::{
+    flow::Exchange,
+    policy::Concurrent,
+    record::RecordId,
+    shared::Shared,
+    sync::{Instant, Mutex, PoisonError, sleep},
+};
 
 /// How many requests of this process wait for each key. Keys without waiters take no room.
 #[derive(Debug, Default)]

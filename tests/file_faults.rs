@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::{error::Error, path::Path, time::Duration};
+use std::{error::Error, io, os::unix::fs::FileExt, path::Path, time::Duration};
 
 use http::StatusCode;
 use sha2::{Digest, Sha256};
@@ -40,6 +40,15 @@ async fn open(medium: &Failing, clock: &TestClock) -> Result<FileStore, FileStor
         .clock(clock.clone());
     // Small, so that the medium is read, and without answers in memory.
     builder.cache_bytes(64 << 10).replay_bytes(0).open().await
+}
+
+/// A new medium with a journal that is full after a few changes.
+async fn with_a_short_journal(clock: &TestClock) -> Failing {
+    let medium = Failing::default();
+    let builder = FileStore::builder("simulated").medium(medium.clone());
+    let store = builder.clock(clock.clone()).journal_bytes(64 << 10).open().await;
+    store.unwrap().close().await;
+    medium
 }
 
 async fn acquire(store: &FileStore, number: u64) -> Result<Lease, StoreError> {
@@ -122,9 +131,9 @@ async fn an_error_at_any_call_to_the_medium_loses_nothing_and_is_told_from_then_
         let mut after = 0;
         let mut failed_while_open = 0;
         loop {
-            let (medium, clock) = (Failing::default(), TestClock::new());
+            let clock = TestClock::new();
             // A file gets its name once it is whole, so the medium is made before it begins to fail.
-            open(&medium, &clock).await.unwrap().close().await;
+            let medium = with_a_short_journal(&clock).await;
             medium.fail(calls, after);
             let completed = match open(&medium, &clock).await {
                 Ok(store) => {
@@ -509,6 +518,35 @@ async fn a_file_that_was_cut_is_refused() {
     FileStore::open(&path).await.unwrap();
 }
 
+/// A file's tables, which come after its journal.
+#[derive(Debug)]
+struct Tables(std::fs::File);
+
+const TABLES: u64 = (4 << 20) + 4096;
+
+impl redb::StorageBackend for Tables {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len() - TABLES)
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.0.read_exact_at(out, TABLES + offset)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(TABLES + len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(data, TABLES + offset)
+    }
+}
+
+#[cfg(unix)]
 #[tokio::test]
 async fn a_newer_version_is_refused() {
     const ABOUT: redb::TableDefinition<&str, &[u8]> = redb::TableDefinition::new("store");
@@ -516,11 +554,19 @@ async fn a_newer_version_is_refused() {
     let path = directory.path().join("store.redb");
     filled(&path).await;
     let write = |key, value: &[u8]| {
-        let database = redb::Database::open(&path).unwrap();
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(&path);
+        let database = redb::Database::builder().create_with_backend(Tables(file.unwrap()));
+        let database = database.unwrap();
         let transaction = database.begin_write().unwrap();
         transaction.open_table(ABOUT).unwrap().insert(key, value).unwrap();
         transaction.commit().unwrap();
     };
+    let whole = std::fs::read(&path).unwrap();
+    let mut newer = whole.clone();
+    newer[17] = 3;
+    std::fs::write(&path, newer).unwrap();
+    assert_eq!(refused(&path).await.kind(), FileStoreErrorKind::NewerVersion);
+    std::fs::write(&path, whole).unwrap();
     write("format", b"tower-idempotency\x02");
     assert_eq!(refused(&path).await.kind(), FileStoreErrorKind::NewerVersion);
     write("format", b"tower-idempotency\x01");
@@ -578,7 +624,13 @@ async fn a_record_with_a_flipped_bit_is_an_error_and_never_vacant_or_another_ans
 #[tokio::test]
 async fn a_verified_opening_finds_a_flipped_bit_anywhere() {
     let (medium, clock) = (Failing::default(), TestClock::new());
-    let store = open(&medium, &clock).await.unwrap();
+    let builder = FileStore::builder("simulated").medium(medium.clone());
+    let store = builder
+        .clock(clock.clone())
+        .journal_bytes(1 << 16)
+        .open()
+        .await
+        .unwrap();
     for number in 0..60 {
         let lease = acquire(&store, number).await.unwrap();
         store
@@ -607,6 +659,90 @@ async fn a_verified_opening_finds_a_flipped_bit_anywhere() {
                 );
             }
         }
+    }
+}
+
+#[tokio::test]
+async fn a_flipped_bit_in_the_journal_that_a_lost_process_left_takes_back_nothing_that_was_acknowledged() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    let store = open(&medium, &clock).await.unwrap();
+    for number in 0..10 {
+        let lease = acquire(&store, number).await.unwrap();
+        store
+            .complete(&lease, &response(number, 1000), Retention::Forever)
+            .await
+            .unwrap();
+    }
+    // While it is open: what the next opening finds if this process is lost now.
+    let whole = medium.bytes();
+    let (mut refused, mut harmless) = (0, 0);
+    for bit in (4096 * 8..4096 * 8 * 30).step_by(2011) {
+        let mut bytes = whole.clone();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        match open(&Failing::with(bytes), &clock).await {
+            Err(error) => {
+                assert_eq!(error.kind(), FileStoreErrorKind::Damaged, "{error}");
+                refused += 1;
+            }
+            Ok(store) => {
+                for number in 0..10 {
+                    assert!(
+                        is_completed(&store, number, &response(number, 1000)).await,
+                        "bit {bit}: {number}"
+                    );
+                }
+                harmless += 1;
+            }
+        }
+    }
+    // Entries fill their last block with zeros, and those say nothing.
+    assert!(
+        refused > 50 && harmless > 100,
+        "{refused} were noticed, {harmless} harmless"
+    );
+}
+
+#[tokio::test]
+async fn a_checkpoint_for_which_there_is_no_room_harms_no_change() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    medium.room(12 * MIB);
+    medium.without_spare();
+    let builder = FileStore::builder("simulated").medium(medium.clone());
+    let store = builder.clock(clock.clone()).replay_bytes(0).open().await.unwrap();
+    // Of what is there already the journal is a part.
+    medium.others_leave(0);
+    let running = acquire(&store, 9000).await.unwrap();
+    let mut kept = Vec::new();
+    let refused = loop {
+        let number = kept.len() as u64;
+        let lease = match acquire(&store, number).await {
+            Ok(lease) => lease,
+            Err(error) => break error,
+        };
+        let answer = response(number, 50_000);
+        store.complete(&lease, &answer, Retention::For(DAY)).await.unwrap();
+        kept.push(number);
+    };
+    assert_eq!(refused.kind(), StoreErrorKind::Full, "{}", said(&refused));
+    assert!(kept.len() > 40, "it was no checkpoint that failed after {}", kept.len());
+    // What is in flight ends: a part of the journal is for that.
+    store.renew(&running, DAY).await.unwrap();
+    let not_kept = StoredResponse::not_kept(StatusCode::CREATED);
+    store.complete(&running, &not_kept, Retention::For(DAY)).await.unwrap();
+    for number in &kept {
+        assert!(
+            is_completed(&store, *number, &response(*number, 50_000)).await,
+            "{number}"
+        );
+    }
+    // And a process that is lost now finds all of them.
+    let crashed = Failing::with(medium.bytes());
+    let store = open(&crashed, &clock).await.unwrap();
+    for number in &kept {
+        assert!(
+            is_completed(&store, *number, &response(*number, 50_000)).await,
+            "{number}"
+        );
     }
 }
 

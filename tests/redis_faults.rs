@@ -11,54 +11,13 @@ use support::{
     app::{call, keyed, open, pay},
     proxy::{Proxy, Weather},
     redis::Redis,
+    steps::{MINUTE, acquire, claim, complete, id, is_replay, kept, kind, until_back},
 };
-use tower_idempotency::{
-    Begin, Claim, Fingerprint, IdempotencyLayer, Lease, Owner, RecordId, RedisStore, Store, StoreError, StoreErrorKind,
-    StoredResponse,
-};
-
-const MINUTE: Duration = Duration::from_secs(60);
-
-fn claim() -> Claim {
-    let fingerprint = Fingerprint::new(1, [1; 32]);
-    Claim::new(fingerprint, Owner::random().unwrap(), MINUTE, MINUTE.into())
-}
-
-fn id(number: u8) -> RecordId {
-    RecordId::from_bytes([number; 32])
-}
-
-/// An answer that is kept, of so many bytes.
-fn kept(length: usize) -> StoredResponse {
-    let mut bytes = vec![1, 0, 201, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    bytes.extend((length as u64).to_le_bytes());
-    bytes.resize(bytes.len() + length, b'x');
-    StoredResponse::from_bytes(bytes.into()).unwrap()
-}
-
-async fn acquire(store: &RedisStore, number: u8) -> Lease {
-    match store.begin(&id(number), &claim()).await {
-        Ok(Begin::Acquired(lease)) => lease,
-        other => panic!("{number} was to be acquired, not {other:?}"),
-    }
-}
+use tokio::task::JoinSet;
+use tower_idempotency::{Begin, IdempotencyLayer, Lease, Owner, RedisStore, Store, StoreErrorKind, StoredResponse};
 
 async fn connect(url: &str) -> RedisStore {
     RedisStore::connect(url).await.unwrap()
-}
-
-fn kind<T: std::fmt::Debug>(result: Result<T, StoreError>) -> StoreErrorKind {
-    result.unwrap_err().kind()
-}
-
-/// Asks until the store is there again.
-async fn until_back(store: &RedisStore, number: u8) -> Begin {
-    loop {
-        match store.begin(&id(number), &claim()).await {
-            Ok(begin) => return begin,
-            Err(error) => assert_eq!(error.kind(), StoreErrorKind::Unavailable, "{error:?}"),
-        }
-    }
 }
 
 // ---- the server's states
@@ -274,6 +233,77 @@ async fn a_connection_that_is_cut_without_a_word_is_given_up_for_a_new_one() {
     proxy.black_hole();
     assert_eq!(kind(store.begin(&id(1), &claim()).await), StoreErrorKind::Unavailable);
     assert!(matches!(until_back(&store, 1).await, Begin::Completed { .. }));
+}
+
+#[tokio::test]
+async fn an_answer_that_is_cut_in_its_middle_is_no_answer() {
+    let server = Redis::start(&[]);
+    let proxy = Proxy::before(server.port()).await;
+    let store = connect(&proxy.url()).await;
+    let lease = acquire(&store, 1).await;
+    complete(&store, &lease, 5000).await;
+    proxy.make(Weather::CutAnswer);
+    assert_eq!(kind(store.begin(&id(1), &claim()).await), StoreErrorKind::Unavailable);
+    assert_eq!(proxy.weather(), Weather::Clear, "it was cut");
+    assert!(is_replay(&until_back(&store, 1).await, 5000));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_comes_too_late_is_never_taken_for_that_of_another_key() {
+    let server = Redis::start(&[]);
+    let proxy = Proxy::before(server.port()).await;
+    let builder = RedisStore::builder().timeout(Duration::from_millis(100));
+    let store = builder.connect(&proxy.url()).await.unwrap();
+    for number in 0..100 {
+        let lease = acquire(&store, number).await;
+        complete(&store, &lease, number as usize).await;
+    }
+    let (mut late, mut heard) = (0, 0);
+    for round in 0..6 {
+        let slow = Duration::from_millis(60 * (round % 3));
+        proxy.make(Weather::Slow(slow));
+        let mut looks = JoinSet::new();
+        for number in 0..100 {
+            let store = store.clone();
+            looks.spawn(async move { (number, store.begin(&id(number), &claim()).await) });
+        }
+        for (number, found) in looks.join_all().await {
+            match found {
+                Ok(found) => {
+                    assert!(is_replay(&found, number as usize), "{number}: {found:?}");
+                    heard += 1;
+                }
+                Err(error) => {
+                    assert_eq!(error.kind(), StoreErrorKind::Unavailable);
+                    late += 1;
+                }
+            }
+        }
+    }
+    assert!(late > 0 && heard > 0, "{late} were late and {heard} were not");
+}
+
+#[tokio::test]
+async fn a_step_that_is_dropped_leaves_the_answers_of_others_theirs() {
+    let server = Redis::start(&[]);
+    let proxy = Proxy::before(server.port()).await;
+    let store = connect(&proxy.url()).await;
+    for number in 0..20 {
+        let lease = acquire(&store, number).await;
+        complete(&store, &lease, number as usize).await;
+    }
+    proxy.make(Weather::Slow(Duration::from_millis(20)));
+    for number in 0..20 {
+        let (dropped, own) = (id((number + 7) % 20), claim());
+        let mut leaving = Box::pin(store.begin(&dropped, &own));
+        let polled = std::future::poll_fn(|cx| std::task::Poll::Ready(leaving.as_mut().poll(cx).is_ready())).await;
+        assert!(!polled);
+        drop(leaving);
+        assert!(is_replay(
+            &store.begin(&id(number), &claim()).await.unwrap(),
+            number as usize
+        ));
+    }
 }
 
 #[tokio::test]

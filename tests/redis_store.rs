@@ -56,13 +56,14 @@ async fn is_ready(future: std::pin::Pin<&mut impl Future<Output = ()>>) -> bool 
     poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx).is_ready())).await
 }
 
-struct Real(Redis);
+/// A store that is made anew for each check, on a real clock.
+struct Made<F>(F);
 
-impl Subject for Real {
-    type Store = RedisStore;
+impl<S: Store, M: Future<Output = S> + Send, F: Fn() -> M + Sync> Subject for Made<F> {
+    type Store = S;
 
-    async fn store(&self) -> RedisStore {
-        RedisStore::connect(&self.0.url()).await.unwrap()
+    fn store(&self) -> impl Future<Output = S> + Send {
+        (self.0)()
     }
 
     async fn pass(&self, time: Duration) {
@@ -76,39 +77,41 @@ impl Subject for Real {
 
 #[tokio::test]
 async fn the_store_keeps_the_contract() {
-    testing::check(&Real(Redis::start(&[]))).await.assert();
+    let server = Redis::start(&[]);
+    testing::check(&Made(|| connected(&server))).await.assert();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn the_store_keeps_the_contract_under_many_threads() {
-    testing::check_races(&Real(Redis::start(&[]))).await.assert();
+    let server = Redis::start(&[]);
+    testing::check_races(&Made(|| connected(&server))).await.assert();
 }
 
-/// Each node with copies of its own.
-#[cfg(feature = "cached")]
-struct WithCopies(Redis);
-
-#[cfg(feature = "cached")]
-impl Subject for WithCopies {
-    type Store = Cached<RedisStore>;
-
-    async fn store(&self) -> Self::Store {
-        Cached::new(connected(&self.0).await)
-    }
-
-    async fn pass(&self, time: Duration) {
-        tokio::time::sleep(time).await;
-    }
-
-    fn tick(&self) -> Duration {
-        Duration::from_millis(400)
-    }
-}
-
+/// Each with copies of its own.
 #[cfg(feature = "cached")]
 #[tokio::test]
 async fn the_store_keeps_the_contract_with_copies_in_front_of_it() {
-    testing::check(&WithCopies(Redis::start(&[]))).await.assert();
+    let server = Redis::start(&[]);
+    testing::check(&Made(|| async { Cached::new(connected(&server).await) }))
+        .await
+        .assert();
+}
+
+#[tokio::test]
+async fn the_store_keeps_the_contract_over_a_connection_of_ones_own() {
+    let server = Redis::start(&[]);
+    let connection = server.connection().await;
+    let own = || async { RedisStore::builder().connect_with(connection.clone()).await.unwrap() };
+    testing::check(&Made(own)).await.assert();
+}
+
+#[tokio::test]
+async fn the_store_keeps_the_contract_over_the_newer_protocol() {
+    let server = Redis::start(&[]);
+    let url = format!("{}/?protocol=3", server.url());
+    testing::check(&Made(|| async { RedisStore::connect(&url).await.unwrap() }))
+        .await
+        .assert();
 }
 
 async fn look(store: &RedisStore, number: u8) -> Begin {
@@ -395,7 +398,7 @@ async fn a_channel_that_nobody_listens_to_is_left() {
     acquire(&store, 1).await;
     store.changed(&id(1)).await;
     let channels = async || server.ask::<Vec<String>>(&["PUBSUB", "CHANNELS"]).await;
-    assert_eq!(channels().await, [format!("idempotency:changed:{}", id(1).to_hex())]);
+    assert_eq!(channels().await, [key(1)]);
     while !channels().await.is_empty() {
         tokio::task::yield_now().await;
     }

@@ -50,17 +50,6 @@ fn contestants() -> Vec<Contestant> {
             })),
         },
         Contestant {
-            name: "file, 1 ms sync, quick recovery",
-            open: Box::new(|directory| {
-                let medium = Disk::new(directory, Sync::Takes(Duration::from_millis(1)));
-                let builder = FileStore::builder("bench").medium(medium).quick_recovery(true);
-                Box::pin(async { AnyStore::new(builder.open().await.unwrap()) })
-            }),
-            floor: Some(Box::new(|directory| {
-                floor(Disk::new(directory, Sync::Takes(Duration::from_millis(1))))
-            })),
-        },
-        Contestant {
             name: "file, this disk",
             open: Box::new(|directory| {
                 let path = directory.join(format!("store-{}", NEXT.fetch_add(1, Relaxed)));
@@ -212,20 +201,20 @@ async fn full_file(options: &Options, directory: &Path) {
     fill(&store, options.records, hour).await;
     store.close().await;
     sizes("filled");
-    let reopen = async |what: &str, quick: bool| {
+    let reopen = async |what: &str| {
         let start = Instant::now();
-        let store = FileStore::builder(&path).quick_recovery(quick).open().await.unwrap();
+        let store = FileStore::open(&path).await.unwrap();
         println!("opened {what}: {:.1?}", start.elapsed());
         store
     };
-    // As a crash leaves it: a copy of the file while it is open.
+    // As a crash leaves it: a copy of the file while it is open, with a journal that is nearly full.
     let crash = async |store: FileStore| {
-        cycle(&store, hour).await;
+        fill(&store, 1800, hour).await;
         std::fs::copy(&path, directory.join("crashed.redb")).unwrap();
         store.close().await;
         std::fs::rename(directory.join("crashed.redb"), &path).unwrap();
     };
-    let store = reopen("after it was closed", false).await;
+    let store = reopen("after it was closed").await;
     let mut took = Vec::new();
     for number in (first..first + options.records).step_by(options.records.div_ceil(2000) as usize) {
         let start = Instant::now();
@@ -238,9 +227,7 @@ async fn full_file(options: &Options, directory: &Path) {
         took[took.len() / 2]
     );
     crash(store).await;
-    let store = reopen("after a crash", true).await;
-    crash(store).await;
-    let store = reopen("after a crash with quick recovery", true).await;
+    let store = reopen("after a crash").await;
     store.close().await;
     purge(options, &directory.join("purged.redb")).await;
     let _ = io::stdout().flush();

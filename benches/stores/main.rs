@@ -1,7 +1,7 @@
 //! What durable stores cost beside the floor of their medium: cycles (claim and completion, 1 KiB answers) of 1, 16, 64
 //! and 256 writers, replays, the size of a record, the purge, and the opening of a full file.
 //!
-//! `cargo bench --bench stores --features testing`. Options, behind `--`:
+//! `cargo bench --bench stores --features testing`, with `redis` for the store on a server. Options, behind `--`:
 //! `--only NAME` one contestant, `--seconds N` for each figure [2], `--records N` in the full file [100000], `--dir
 //! PATH` the disk to measure [the temporary directory].
 //!
@@ -12,6 +12,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod file;
+#[cfg(feature = "redis")]
+mod redis;
 mod work;
 
 use std::{path::PathBuf, time::Duration};
@@ -57,4 +59,6 @@ fn main() {
     let options = Options::from_env();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(file::measure(&options));
+    #[cfg(feature = "redis")]
+    runtime.block_on(redis::measure(&options));
 }

@@ -11,9 +11,11 @@ Usage: demo [OPTIONS]
 
 Options:
   --listen ADDRESS      where to listen [default: 127.0.0.1:3000]; port 0 takes a free one
-  --store STORE         where records are kept: file:PATH, memory, or a Redis or Valkey server
-                        such as redis://127.0.0.1:6379 (with the feature redis), or a table of
-                        a database such as postgres://app@127.0.0.1/shop (with the feature postgres)
+  --store STORE         where records are kept: file:PATH, memory, or Redis or Valkey
+                        (with the feature redis): redis://HOST, redis+cluster://HOST,HOST,
+                        redis+sentinel://HOST,HOST/SERVICE; rediss encrypts (redis-tls); or a
+                        table of a database such as postgres://app@127.0.0.1/shop (with the
+                        feature postgres)
                         [default: a file in your data directory]
   --retention DURATION  how long answers are kept on every route, such as 10s, 5m or 72h
                         [default: each route's own]
@@ -83,11 +85,18 @@ fn retention(text: &str) -> Result<Duration, String> {
     }
 }
 
+#[cfg(feature = "redis")]
+fn is_redis(url: &str) -> bool {
+    let scheme = url.split_once("://").map_or("", |(scheme, _)| scheme);
+    let base = scheme.split_once('+').map_or(scheme, |(base, _)| base);
+    matches!(base, "redis" | "rediss" | "valkey" | "valkeys")
+}
+
 fn store(name: &str) -> Result<Store, String> {
     match name {
         "memory" => Ok(Store::Memory),
         #[cfg(feature = "redis")]
-        url if url.starts_with("redis://") => Ok(Store::Redis(url.to_owned())),
+        url if is_redis(url) => Ok(Store::Redis(url.to_owned())),
         #[cfg(feature = "postgres")]
         url if url.starts_with("postgres://") || url.starts_with("postgresql://") => {
             Ok(Store::Postgres(url.to_owned()))

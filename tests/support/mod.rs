@@ -11,10 +11,19 @@ pub mod http;
 #[cfg(all(feature = "file", feature = "testing"))]
 pub mod medium;
 pub mod midaspay;
+#[cfg(any(feature = "redis", feature = "postgres"))]
+pub mod nodes;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 #[cfg(any(feature = "redis", feature = "postgres"))]
 pub mod proxy;
 #[cfg(feature = "redis")]
 pub mod redis;
+#[cfg(feature = "redis")]
+pub mod redis_cluster;
+#[cfg(feature = "redis")]
+pub mod redis_sentinel;
+#[cfg(feature = "redis")]
+pub mod redis_tls;
 pub mod serve;
+pub mod steps;

@@ -29,10 +29,14 @@ impl Postgres {
     /// A server with default settings, but for these, such as `max_connections=20`, and what makes it small. A kill of
     /// its processes loses nothing that the system has, so `fsync` is off unless it is asked for.
     pub fn start(settings: &[&str]) -> Self {
+        Self::start_in(copy_of_template(), settings)
+    }
+
+    fn start_in(folder: TempDir, settings: &[&str]) -> Self {
         let mut server = Self {
             process: None,
             port: 0,
-            folder: copy_of_template(),
+            folder,
             settings: settings.iter().map(|&setting| setting.to_owned()).collect(),
         };
         for _ in 0..TRIES {
@@ -42,6 +46,24 @@ impl Postgres {
             }
         }
         panic!("postgres does not start; is the package postgresql installed?");
+    }
+
+    /// A standby of `primary` as a base backup makes one, which follows it. A slot is not needed for as long as this.
+    pub fn standby_of(primary: &Self, settings: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        if let Some((user, group)) = ordinary_user() {
+            std::os::unix::fs::chown(folder.path(), Some(user), Some(group)).expect("root may");
+        }
+        let mut command = Command::new(binary("pg_basebackup"));
+        as_ordinary_user(&mut command);
+        command.args(["--write-recovery-conf", "--no-sync", "--checkpoint=fast"]);
+        command
+            .arg("--dbname")
+            .arg(primary.url())
+            .arg("-D")
+            .arg(folder.path().join("data"));
+        run(command.current_dir(folder.path()));
+        Self::start_in(folder, settings)
     }
 
     /// Starts it again on its port, with what its folder holds.
@@ -170,6 +192,73 @@ impl Drop for Postgres {
         if let Some(process) = &mut self.process {
             let _ = process.wait();
         }
+    }
+}
+
+/// A pgbouncer in transaction mode before a server, which knows nothing of prepared statements.
+pub struct Bouncer {
+    process: Child,
+    port: u16,
+    _folder: TempDir,
+}
+
+impl Bouncer {
+    /// With so many connections to the server for all of its clients.
+    pub fn before(server: &Postgres, connections: usize) -> Self {
+        (0..TRIES)
+            .find_map(|_| Self::try_start(server, connections))
+            .expect("the package pgbouncer is installed")
+    }
+
+    fn try_start(server: &Postgres, connections: usize) -> Option<Self> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (file, port) = (folder.path().join("pgbouncer.ini"), free_port());
+        let settings = format!(
+            "[databases]\npostgres = host=127.0.0.1 port={} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
+             listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\n\
+             default_pool_size = {connections}\nmax_client_conn = 1000\n",
+            server.port()
+        );
+        fs::write(&file, settings).expect("a file");
+        if let Some((user, group)) = ordinary_user() {
+            run(Command::new("chown")
+                .arg("-R")
+                .arg(format!("{user}:{group}"))
+                .arg(folder.path()));
+        }
+        let found = ["/usr/sbin/pgbouncer", "pgbouncer"]
+            .into_iter()
+            .find(|path| Path::new(path).exists());
+        let mut command = Command::new(found.unwrap_or("pgbouncer"));
+        as_ordinary_user(&mut command);
+        command
+            .arg(&file)
+            .current_dir(folder.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let mut process = command.spawn().expect("the package pgbouncer is installed");
+        let mut lines = BufReader::new(process.stderr.take().expect("it is piped")).lines();
+        if !lines
+            .by_ref()
+            .any(|line| line.is_ok_and(|line| line.contains("process up")))
+        {
+            let _ = process.wait();
+            return None;
+        }
+        std::thread::spawn(move || lines.for_each(drop));
+        let _folder = folder;
+        Some(Self { process, port, _folder })
+    }
+
+    pub fn url(&self) -> String {
+        url(self.port)
+    }
+}
+
+impl Drop for Bouncer {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
 

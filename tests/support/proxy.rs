@@ -6,6 +6,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use tokio::{
@@ -22,6 +23,10 @@ pub enum Weather {
     Clear,
     /// The next answer is swallowed, and its connection with it; then it is clear again.
     LoseAnswer,
+    /// They arrive this much later.
+    Slow(Duration),
+    /// The next answer is cut off in its middle, and its connection with it; then it is clear again.
+    CutAnswer,
     /// Nothing arrives anywhere, and nobody is told. New connections are clear.
     BlackHole,
 }
@@ -122,6 +127,17 @@ async fn answers(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, sky: watch::Se
                 if to.write_all(&buffer[..length]).await.is_err() {
                     return;
                 }
+            }
+            Weather::Slow(time) => {
+                tokio::time::sleep(time).await;
+                if to.write_all(&buffer[..length]).await.is_err() {
+                    return;
+                }
+            }
+            Weather::CutAnswer => {
+                let _ = to.write_all(&buffer[..length.div_ceil(2)]).await;
+                sky.send_replace(Weather::Clear);
+                return;
             }
             Weather::LoseAnswer => {
                 sky.send_replace(Weather::Clear);

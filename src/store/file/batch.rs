@@ -4,6 +4,7 @@ use redb::{ReadableTable, ReadableTableMetadata, Table, TableDefinition, WriteTr
 
 use super::{
     cache::Kept,
+    effects::Effects,
     frame::{ABANDONED, NEVER, Progress, Record, State, Time},
     look::{Found, look},
     queue::{BeginJob, Change, ChangeJob},
@@ -36,6 +37,7 @@ pub(super) struct Batch<'txn> {
     /// How many bytes may still be taken; `None` while the disk is not full.
     room: Option<u64>,
     changed: bool,
+    effects: Effects,
 }
 
 /// What is to be done about one record, once nothing borrows it any more.
@@ -56,6 +58,7 @@ impl<'txn> Batch<'txn> {
             run,
             room,
             changed: false,
+            effects: Effects::new(),
         })
     }
 
@@ -70,6 +73,35 @@ impl<'txn> Batch<'txn> {
 
     pub(super) fn room(&self) -> Option<u64> {
         self.room
+    }
+
+    pub(super) fn into_effects(self) -> Effects {
+        self.effects
+    }
+
+    fn insert_record(&mut self, id: &RecordId, bytes: &[u8]) -> Written {
+        self.effects.put(id.as_bytes(), bytes);
+        self.records.insert(id.as_bytes(), bytes)?;
+        Ok(())
+    }
+
+    /// With the length of what was removed.
+    fn remove_record(&mut self, id: &RecordId) -> Result<usize, redb::Error> {
+        self.effects.remove(id.as_bytes());
+        let removed = self.records.remove(id.as_bytes())?;
+        Ok(removed.map_or(0, |old| old.value().len()))
+    }
+
+    fn insert_place(&mut self, place: &[u8; 40]) -> Written {
+        self.effects.place(place);
+        self.expiry.insert(place, ())?;
+        Ok(())
+    }
+
+    fn remove_place(&mut self, place: &[u8; 40]) -> Written {
+        self.effects.unplace(place);
+        self.expiry.remove(place)?;
+        Ok(())
     }
 
     pub(super) fn begin(&mut self, job: &BeginJob, now: Time) -> Step<Begin> {
@@ -175,7 +207,7 @@ impl<'txn> Batch<'txn> {
             Change::Renew(length) => self.renew(id, &old, progress, *length, now)?,
             Change::Release => {
                 self.changed = true;
-                self.records.remove(id.as_bytes())?;
+                self.remove_record(id)?;
                 self.forget(id, old.indexed_at)?;
             }
             Change::Abandon => {
@@ -218,16 +250,15 @@ impl<'txn> Batch<'txn> {
             self.forget(id, indexed)?;
             record.indexed_at = record.vacant_at;
             if record.indexed_at != NEVER {
-                self.expiry.insert(&key(record.indexed_at, id), ())?;
+                self.insert_place(&key(record.indexed_at, id))?;
             }
         }
-        self.records.insert(id.as_bytes(), &record.encode(id)[..])?;
-        Ok(())
+        self.insert_record(id, &record.encode(id))
     }
 
     fn forget(&mut self, id: &RecordId, indexed: Time) -> Written {
         if indexed != NEVER {
-            self.expiry.remove(&key(indexed, id))?;
+            self.remove_place(&key(indexed, id))?;
         }
         Ok(())
     }
@@ -260,7 +291,7 @@ impl<'txn> Batch<'txn> {
 
     fn purge_one(&mut self, place: &[u8; 40], now: Time) -> Written {
         self.changed = true;
-        self.expiry.remove(place)?;
+        self.remove_place(place)?;
         let (Some((indexed, _)), Some(id)) = (place.split_first_chunk(), place.last_chunk()) else {
             return Ok(());
         };
@@ -286,12 +317,12 @@ impl<'txn> Batch<'txn> {
         match put_off {
             Some((at, bytes)) => {
                 if at != NEVER {
-                    self.expiry.insert(&key(at, &id), ())?;
+                    self.insert_place(&key(at, &id))?;
                 }
-                self.records.insert(id.as_bytes(), &bytes[..])?;
+                self.insert_record(&id, &bytes)?;
             }
             None => {
-                let removed = self.records.remove(id.as_bytes())?.map_or(0, |old| old.value().len());
+                let removed = self.remove_record(&id)?;
                 if let Some(room) = &mut self.room {
                     *room += removed as u64;
                 }

@@ -8,32 +8,20 @@ use std::{
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
-use redb::{
-    Database, DatabaseError, ReadableDatabase, ReadableTableMetadata, StorageError, TableDefinition, TableError,
-    WriteTransaction,
-};
+use redb::{Database, DatabaseError, StorageError};
 
 use super::{
-    batch::{EXPIRY, RECORDS},
-    clock::Stamp,
     error::{FileStoreError, FileStoreErrorKind},
+    layout::{Layout, Region, Unknown},
     medium::{Medium, Spare, is_full},
 };
 use crate::error::{StoreError, StoreErrorKind};
-
-/// What the file says of itself.
-const ABOUT: TableDefinition<&str, &[u8]> = TableDefinition::new("store");
-const FORMAT: &str = "format";
-const TIME: &str = "time";
-
-/// The value of [`FORMAT`]: whose file it is, and the version of its tables. Records have versions of their own.
-const OURS: &[u8] = b"tower-idempotency";
-const VERSION: u8 = 1;
 
 /// A medium for redb, with the spare between them, and the first thing that went wrong.
 #[derive(Clone, Debug)]
 pub(super) struct Backend {
     medium: Arc<dyn Medium>,
+    layout: Layout,
     pub(super) spare: Arc<Spare>,
     failed: Arc<Mutex<Option<Failed>>>,
 }
@@ -48,12 +36,18 @@ pub(super) enum Failed {
 }
 
 impl Backend {
-    pub(super) fn new(medium: Arc<dyn Medium>) -> Self {
+    pub(super) fn new(medium: Arc<dyn Medium>, layout: Layout) -> Self {
         Self {
             spare: Arc::new(Spare::new(Arc::clone(&medium))),
             medium,
+            layout,
             failed: Arc::default(),
         }
+    }
+
+    /// Where the journal is, if there is one.
+    pub(super) fn journal(&self) -> Option<Region> {
+        self.layout.journal
     }
 
     /// How it failed since this was last asked.
@@ -74,6 +68,7 @@ impl Backend {
 
     /// Once more with the spare, if it was for want of room.
     fn with_spare(&self, write: impl Fn() -> io::Result<()>) -> io::Result<()> {
+        self.usable()?;
         let result = write().or_else(|error| {
             if is_full(&error) && self.spare.give_back() {
                 tracing::warn!("the disk is full: the idempotency store uses its spare and refuses new keys");
@@ -85,26 +80,52 @@ impl Backend {
     }
 }
 
-impl redb::StorageBackend for Backend {
-    fn len(&self) -> io::Result<u64> {
-        self.note(self.medium.len(), false)
+/// Anywhere in the file: the journal.
+impl Backend {
+    pub(super) fn read_raw(&self, at: u64, out: &mut [u8]) -> io::Result<()> {
+        self.note(self.medium.read(at, out), false)
     }
 
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.note(self.medium.read(offset, out), false)
+    pub(super) fn write_raw(&self, at: u64, data: &[u8]) -> io::Result<()> {
+        self.with_spare(|| self.medium.write(at, data))
     }
 
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.with_spare(|| self.medium.set_len(len))
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
+    pub(super) fn sync_raw(&self) -> io::Result<()> {
+        self.usable()?;
         // Whatever it says: after a failed sync the system may have dropped what was to be written.
         self.note(self.medium.sync(), false)
     }
 
+    /// Nothing is written any more once nobody knows what is on the medium.
+    fn usable(&self) -> io::Result<()> {
+        match *self.failed.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(Failed::Unknown) => Err(io::Error::other("the medium failed before")),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The tables alone, which come after the journal.
+impl redb::StorageBackend for Backend {
+    fn len(&self) -> io::Result<u64> {
+        let len = self.note(self.medium.len(), false)?;
+        Ok(len.saturating_sub(self.layout.tables))
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.read_raw(self.layout.tables + offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.with_spare(|| self.medium.set_len(self.layout.tables + len))
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.sync_raw()
+    }
+
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.with_spare(|| self.medium.write(offset, data))
+        self.write_raw(self.layout.tables + offset, data)
     }
 }
 
@@ -145,7 +166,8 @@ pub(super) type BrokenCell = OnceLock<Broken>;
 pub(super) struct Settings {
     pub(super) cache_bytes: usize,
     pub(super) verify: bool,
-    pub(super) quick_recovery: bool,
+    /// Of a new file.
+    pub(super) journal_bytes: u64,
 }
 
 impl Default for Settings {
@@ -153,12 +175,12 @@ impl Default for Settings {
         Self {
             cache_bytes: 128 << 20,
             verify: false,
-            quick_recovery: false,
+            journal_bytes: 4 << 20,
         }
     }
 }
 
-/// Opens what is on the medium, or begins anew on an empty one. Recovers what a crash left, which reads all of it.
+/// Opens the tables on the medium, or begins anew where there are none.
 pub(super) fn start(backend: &Backend, settings: &Settings) -> Result<Database, DatabaseError> {
     let mut builder = Database::builder();
     builder.set_cache_size(settings.cache_bytes);
@@ -168,77 +190,6 @@ pub(super) fn start(backend: &Backend, settings: &Settings) -> Result<Database, 
         .unwrap_or_else(|_| Err(StorageError::Corrupted("its pages do not fit together".to_owned()).into()))
 }
 
-/// Makes the tables of a store in an empty database.
-pub(super) fn initialise(database: &Database, first: &Stamp) -> Result<(), redb::Error> {
-    let transaction = database.begin_write()?;
-    transaction.open_table(RECORDS)?;
-    transaction.open_table(EXPIRY)?;
-    let format = [OURS, &[VERSION]].concat();
-    transaction.open_table(ABOUT)?.insert(FORMAT, &format[..])?;
-    write_stamp(&transaction, first)?;
-    transaction.commit()?;
-    Ok(())
-}
-
-pub(super) fn write_stamp(transaction: &WriteTransaction, stamp: &Stamp) -> Result<(), redb::Error> {
-    transaction.open_table(ABOUT)?.insert(TIME, &stamp.encode()[..])?;
-    Ok(())
-}
-
-/// How many records there are; the tree knows.
-pub(super) fn records(transaction: &WriteTransaction) -> Result<u64, redb::Error> {
-    Ok(transaction.open_table(RECORDS)?.len()?)
-}
-
-/// What the last run left, after a look at whose file it is.
-pub(super) fn read_stamp(database: &Database, path: &Path) -> Result<Stamp, FileStoreError> {
-    let failed = |source| unreadable(path, source);
-    let transaction = database.begin_read().map_err(|source| failed(source.into()))?;
-    let about = match transaction.open_table(ABOUT) {
-        Ok(about) => about,
-        Err(TableError::Storage(source)) => return Err(failed(source.into())),
-        Err(source) => return Err(FileStoreError::new(FileStoreErrorKind::NotAStore, path, source)),
-    };
-    let value = |key| about.get(key).map_err(|source| failed(source.into()));
-    let format = value(FORMAT)?;
-    let version = format.as_ref().and_then(|format| format.value().strip_prefix(OURS));
-    match version {
-        Some([VERSION]) => {}
-        Some([newer, ..]) if *newer > VERSION => {
-            let what = format!("version {newer} of its tables");
-            return Err(FileStoreError::new(FileStoreErrorKind::NewerVersion, path, what));
-        }
-        _ => {
-            return Err(FileStoreError::new(
-                FileStoreErrorKind::NotAStore,
-                path,
-                "it is not marked as one",
-            ));
-        }
-    }
-    let missing = transaction
-        .open_table(RECORDS)
-        .err()
-        .or(transaction.open_table(EXPIRY).err());
-    if let Some(source) = missing {
-        return Err(failed(source.into()));
-    }
-    let Some(stamp) = value(TIME)? else {
-        return Err(FileStoreError::new(
-            FileStoreErrorKind::Damaged,
-            path,
-            "its time is missing",
-        ));
-    };
-    Stamp::decode(stamp.value()).map_err(|source| {
-        let kind = match source.kind() {
-            StoreErrorKind::NewerVersion => FileStoreErrorKind::NewerVersion,
-            _ => FileStoreErrorKind::Damaged,
-        };
-        FileStoreError::new(kind, path, source)
-    })
-}
-
 /// Why a file that is open cannot be used, in the words of a store.
 pub(super) fn unreadable(path: &Path, error: redb::Error) -> FileStoreError {
     match error {
@@ -246,7 +197,24 @@ pub(super) fn unreadable(path: &Path, error: redb::Error) -> FileStoreError {
         redb::Error::Corrupted(_) | redb::Error::TableDoesNotExist(_) => {
             FileStoreError::new(FileStoreErrorKind::Damaged, path, error)
         }
+        redb::Error::UpgradeRequired(newer) => {
+            let what = format!("version {newer} of its journal");
+            FileStoreError::new(FileStoreErrorKind::NewerVersion, path, what)
+        }
         error => FileStoreError::new(FileStoreErrorKind::Failed, path, error),
+    }
+}
+
+/// Why a file has no layout, in the words of a store.
+pub(super) fn not_laid_out(path: &Path, error: Unknown) -> FileStoreError {
+    match error {
+        Unknown::NotOurs => FileStoreError::new(FileStoreErrorKind::NotAStore, path, "it is not marked as one"),
+        Unknown::Newer(newer) => {
+            let what = format!("version {newer} of its format");
+            FileStoreError::new(FileStoreErrorKind::NewerVersion, path, what)
+        }
+        Unknown::Damaged => FileStoreError::new(FileStoreErrorKind::Damaged, path, "its head was changed or cut off"),
+        Unknown::Io(error) => FileStoreError::io(path, error),
     }
 }
 

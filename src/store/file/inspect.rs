@@ -9,10 +9,13 @@ use super::{
     FileStore,
     batch::{RECORDS, decode},
     clock::{Opening, StoreTime, SystemClock},
+    commit,
     engine::{self, Backend},
     error::FileStoreError,
     frame::{NEVER, State},
-    open,
+    layout::Layout,
+    medium::Medium,
+    open, tables,
 };
 use crate::{codec::StoredResponse, record::RecordId};
 
@@ -63,10 +66,15 @@ impl FileStore {
         let path = path.as_ref();
         std::fs::metadata(path).map_err(|source| FileStoreError::io(path, source))?;
         let opening = Opening::now(Arc::new(SystemClock::new()));
-        let backend = Backend::new(Arc::new(open::disk(path, &opening.stamp())?));
-        let database =
-            engine::start(&backend, &engine::Settings::default()).map_err(|source| engine::not_opened(path, source))?;
-        let now = StoreTime::resume(&engine::read_stamp(&database, path)?, opening).now();
+        let settings = engine::Settings::default();
+        let medium: Arc<dyn Medium> = Arc::new(open::disk(path, &opening.stamp(), &settings)?);
+        let layout = Layout::read(&medium).map_err(|source| engine::not_laid_out(path, source))?;
+        let backend = Backend::new(medium, layout);
+        let database = engine::start(&backend, &settings).map_err(|source| engine::not_opened(path, source))?;
+        tables::check_format(&database, path)?;
+        let recovered = commit::recovered(database, &backend, &settings);
+        let (database, _) = recovered.map_err(|source| engine::unreadable(path, source))?;
+        let now = StoreTime::resume(&tables::read_stamp(&database, path)?, opening).now();
         let failed = |source| engine::unreadable(path, source);
         let snapshot = database.begin_read().map_err(|source| failed(source.into()))?;
         let records = snapshot.open_table(RECORDS).map_err(|source| failed(source.into()))?;

@@ -174,8 +174,8 @@ pub(super) fn is_full(error: &io::Error) -> bool {
     )
 }
 
-/// How much room is set aside: more than the largest batch can need. Every batch up to
-/// [`MAX_BATCH`](super::queue::MAX_BATCH) fits, so a full disk is noticed by a write that succeeds.
+/// How much room is set aside: more than a checkpoint needs on most days, so that a full disk is noticed by a write that
+/// succeeds. Where it is not enough the file is opened again, and nothing is lost: all is in the journal.
 const SPARE: u64 = 16 << 20;
 
 /// Room for the day when the disk is full. An error would make redb refuse everything from then on; with the spare it

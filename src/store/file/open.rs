@@ -9,13 +9,15 @@ use std::{
 
 use super::{
     clock::Stamp,
-    engine::{Backend, Settings, initialise, not_opened, start, unreadable},
+    engine::{Backend, Settings, not_opened, start, unreadable},
     error::{FileStoreError, FileStoreErrorKind},
-    medium::{Disk, missing_is_fine},
+    layout::Layout,
+    medium::{Disk, Medium, missing_is_fine},
+    tables::initialise,
 };
 
 /// Opens the file, which is made first, with this stamp, if there is none.
-pub(super) fn disk(path: &Path, first: &Stamp) -> Result<Disk, FileStoreError> {
+pub(super) fn disk(path: &Path, first: &Stamp, settings: &Settings) -> Result<Disk, FileStoreError> {
     let error = |source| FileStoreError::io(path, source);
     // Somebody else may make the file, or clear up after making it, between any two steps.
     let mut attempts = 0;
@@ -23,7 +25,9 @@ pub(super) fn disk(path: &Path, first: &Stamp) -> Result<Disk, FileStoreError> {
         attempts += 1;
         match OpenOptions::new().read(true).write(true).open(path) {
             Ok(file) => return existing(path, file),
-            Err(missing) if missing.kind() == ErrorKind::NotFound && attempts < 10 => make(path, first)?,
+            Err(missing) if missing.kind() == ErrorKind::NotFound && attempts < 10 => {
+                make(path, first, settings)?;
+            }
             Err(source) => return Err(error(source)),
         }
     }
@@ -55,7 +59,7 @@ fn lock(path: &Path, file: &File) -> Result<(), FileStoreError> {
 }
 
 /// Makes the file under another name and gives it its own name when it is whole: nobody ever sees half of one.
-fn make(path: &Path, first: &Stamp) -> Result<(), FileStoreError> {
+fn make(path: &Path, first: &Stamp, settings: &Settings) -> Result<(), FileStoreError> {
     let error = |source| FileStoreError::io(path, source);
     let unborn = beside(path, ".new");
     // A link is not followed: what it leads to is not ours.
@@ -80,7 +84,9 @@ fn make(path: &Path, first: &Stamp) -> Result<(), FileStoreError> {
         .map_err(error)?;
     // What a crash left; only whoever holds the lock may cut it.
     file.set_len(0).map_err(error)?;
-    let backend = Backend::new(Arc::new(Disk::new(file, beside(path, ".spare"))));
+    let medium: Arc<dyn Medium> = Arc::new(Disk::new(file, beside(path, ".spare")));
+    let layout = Layout::make(&medium, settings.journal_bytes).map_err(error)?;
+    let backend = Backend::new(medium, layout);
     let database = start(&backend, &Settings::default()).map_err(|source| not_opened(path, source))?;
     initialise(&database, first).map_err(|source| unreadable(path, source))?;
     database

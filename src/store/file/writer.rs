@@ -1,5 +1,5 @@
-//! The one thread that writes: takes what waits, decides and applies it in one transaction, syncs, and only then
-//! answers.
+//! The one thread that writes: takes what waits, decides and applies it in one transaction, makes that durable, and only
+//! then answers.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -12,11 +12,15 @@ use redb::Database;
 use super::{
     batch::Batch,
     cache::Kept,
-    engine::{Backend, Broken, Failed, start, write_stamp},
+    commit::{commit, commit_tables, reopen},
+    effects::Effects,
+    engine::{Backend, Broken, Failed},
     frame::Time,
+    journal::Journal,
     listeners::Wake,
     queue::{Change, ChangeJob, MAX_BATCH, WriteJob},
     shared::Shared,
+    tables::write_time,
 };
 use crate::{
     error::{StoreError, StoreErrorKind},
@@ -26,6 +30,7 @@ use crate::{
 pub(super) struct Writer {
     pub(super) shared: Arc<Shared>,
     backend: Backend,
+    journal: Option<Journal>,
     /// The latest time that anything was decided at.
     now: Time,
     stamped: Time,
@@ -62,12 +67,13 @@ enum Outcome {
 }
 
 impl Writer {
-    pub(super) fn new(shared: Arc<Shared>, backend: Backend) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, backend: Backend, journal: Option<Journal>) -> Self {
         let now = shared.time.began();
         let room = backend.spare.is_short().then_some(0);
         Self {
             shared,
             backend,
+            journal,
             now,
             stamped: now,
             room,
@@ -88,43 +94,55 @@ impl Writer {
             }
             let started = Instant::now();
             self.last.jobs = jobs.len();
-            if catch_unwind(AssertUnwindSafe(|| self.batch(&mut jobs))).is_err() {
-                // Before anybody hears of it: what comes next finds that the store failed.
-                let broken = self.shared.fail(None);
+            if let Err(broken) = self.careful(|writer| writer.batch(&mut jobs)) {
                 refuse(&mut jobs, || broken.clone().into());
             }
             self.last.took = started.elapsed();
+            // Nobody waits for it; those who come later hear of a failure.
+            let _ = self.careful(Self::checkpoint);
         }
-        // Whoever waits for the end hears of it, whatever redb stumbles over.
-        if catch_unwind(AssertUnwindSafe(|| self.end())).is_err() {
-            self.shared.fail(None);
-        }
-        let Self { shared, backend, .. } = self;
+        // Whoever waits for the end hears of it, whatever redb stumbles over, and it is closed here and nowhere else.
+        let _ = self.careful(Self::checkpoint_the_end);
+        let _ = self.careful(|writer| writer.shared.close_database());
+        let Self {
+            shared,
+            backend,
+            journal,
+            ..
+        } = self;
         backend.spare.give_back();
         // The lock goes with the medium, and only then may the file be opened again.
-        drop(backend);
+        drop((journal, backend));
         shared.closed.send_replace(true);
     }
 
-    fn end(&self) {
+    /// What panics has failed before anybody hears of it.
+    fn careful(&mut self, step: impl FnOnce(&mut Self)) -> Result<(), Broken> {
+        catch_unwind(AssertUnwindSafe(|| step(self))).map_err(|_| self.shared.fail(None))
+    }
+
+    fn checkpoint_the_end(&mut self) {
         if let Err(error) = self.remember_the_end() {
             let file = &self.shared.file;
             tracing::warn!(%file, %error, "the idempotency store could not write down when it was closed");
         }
-        self.shared.close_database();
     }
 
-    /// Without this a store that is opened often and changed seldom would never count the time it is open, where only
-    /// the wall clock tells.
-    fn remember_the_end(&self) -> Result<(), redb::Error> {
+    /// Without the time a store that is opened often and changed seldom would never count the time it is open, where
+    /// only the wall clock tells. The next opening finds an empty journal.
+    fn remember_the_end(&mut self) -> Result<(), redb::Error> {
         let now = self.now.max(self.shared.closed_at.load(SeqCst));
-        if self.room.is_some() || self.shared.broken.get().is_some() || now.saturating_sub(self.stamped) < SECOND {
+        let stamp = now.saturating_sub(self.stamped) >= SECOND;
+        let used = self.journal.as_ref().is_some_and(|journal| !journal.is_empty());
+        if self.room.is_some() || self.shared.broken.get().is_some() || !(stamp || used) {
             return Ok(());
         }
         if let Some(database) = &*self.shared.database() {
             let transaction = database.begin_write()?;
-            write_stamp(&transaction, &self.shared.time.stamp(now))?;
-            transaction.commit()?;
+            if stamp {
+                write_time(&transaction, &self.shared.time.stamp(now).encode())?;
+            }
+            commit_tables(transaction, &mut self.journal)?;
         }
         Ok(())
     }
@@ -136,7 +154,10 @@ impl Writer {
         self.now = jobs.iter().map(asked).fold(self.now, Time::max);
         self.try_to_recover();
         let result = match &*self.shared.database() {
-            Some(database) => apply(self.now, self.stamped, self.room, &self.shared, database, jobs),
+            Some(database) => {
+                let (stamped, room) = (self.stamped, self.room);
+                apply(self.now, stamped, room, &self.shared, database, &mut self.journal, jobs)
+            }
             None => return refuse(jobs, || StoreErrorKind::Unavailable.into()),
         };
         match result {
@@ -157,6 +178,25 @@ impl Writer {
                 let error = self.failed(error);
                 refuse(jobs, || error.clone().into());
             }
+        }
+    }
+
+    /// When the journal has had enough, once those of the last batch were answered. Not while the disk is full: it would
+    /// take room, and fail. A failure harms nobody's change, since all of them are in the journal.
+    fn checkpoint(&mut self) {
+        let due = self.journal.as_ref().is_some_and(Journal::is_due);
+        if !due || self.room.is_some() || self.shared.broken.get().is_some() {
+            return;
+        }
+        let result = match &*self.shared.database() {
+            Some(database) => (database.begin_write().map_err(redb::Error::from))
+                .and_then(|transaction| commit_tables(transaction, &mut self.journal)),
+            None => return,
+        };
+        match result {
+            Ok(()) if self.backend.spare.is_short() => self.room = Some(0),
+            Ok(()) => {}
+            Err(error) => drop(self.failed(error)),
         }
     }
 
@@ -181,14 +221,17 @@ impl Writer {
     /// redb takes no more work after any error. After one that was only for want of room its file is as good as ever.
     fn reopen(&mut self) {
         let mut database = self.shared.database_mut();
-        drop(database.take());
+        drop((database.take(), self.journal.take()));
         self.backend.take_failure();
-        match start(&self.backend, &self.shared.settings) {
-            Ok(opened) => *database = Some(opened),
+        match reopen(&self.backend, &self.shared.settings) {
+            Ok((opened, journal)) => {
+                self.journal = journal;
+                *database = Some(opened);
+            }
             Err(error) if self.backend.take_failure() == Some(Failed::Full) => {
                 tracing::warn!(%error, "the disk is full: the idempotency store cannot be opened");
             }
-            Err(error) => drop(self.shared.fail(Some(Arc::new(error.into())))),
+            Err(error) => drop(self.shared.fail(Some(Arc::new(error)))),
         }
     }
 
@@ -247,10 +290,10 @@ fn apply(
     room: Option<u64>,
     shared: &Shared,
     database: &Database,
+    journal: &mut Option<Journal>,
     jobs: &mut [WriteJob],
 ) -> Result<Applied, redb::Error> {
-    let mut transaction = database.begin_write()?;
-    transaction.set_quick_repair(shared.settings.quick_recovery);
+    let transaction = database.begin_write()?;
     let mut outcomes = Vec::with_capacity(jobs.len());
     let mut batch = Batch::new(&transaction, shared.time.run(), room)?;
     let purged = (jobs.len() * 2 + 8).min(MAX_PURGED);
@@ -278,14 +321,15 @@ fn apply(
         batch.purge(now, purged)?;
     }
     let (changed, room, records) = (batch.changed(), batch.room(), batch.records()?);
-    drop(batch);
+    let mut effects: Effects = batch.into_effects();
     let stamped = changed && now.saturating_sub(stamped) >= SECOND;
     if stamped {
-        write_stamp(&transaction, &shared.time.stamp(now))?;
+        let stamp = shared.time.stamp(now).encode();
+        effects.time(&stamp);
+        write_time(&transaction, &stamp)?;
     }
     if changed {
-        // Durable when it returns: redb syncs.
-        transaction.commit()?;
+        commit(transaction, &effects, journal)?;
         shared.records.store(records, SeqCst);
     } else {
         transaction.abort()?;

@@ -1,8 +1,7 @@
 //! How much the records of all shards may take together.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
 use super::shard::NoRoom;
+use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Counted without a lock. The counts order nothing else, so `Relaxed` is enough.
 pub(super) struct Budget {

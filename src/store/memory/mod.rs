@@ -7,11 +7,9 @@ mod shard;
 use std::{
     fmt,
     hash::{BuildHasher, Hasher, RandomState},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
-
-use tokio::{sync::Notify, time::Instant};
 
 use self::{
     budget::Budget,
@@ -22,6 +20,7 @@ use crate::{
     codec::StoredResponse,
     error::{StoreError, StoreErrorKind},
     record::{Begin, Claim, Lease, RecordId, Retention},
+    sync::{Instant, Mutex, MutexGuard, Notify, PoisonError},
 };
 
 /// Keeps records in memory: for one process, for tests, and wherever losing them at a restart is acceptable.

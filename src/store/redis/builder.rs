@@ -2,36 +2,48 @@
 
 use std::{sync::Arc, time::Duration};
 
-use redis::{Client, IntoConnectionInfo};
+use redis::{Client, aio::ConnectionLike, cluster::ClusterClient, sentinel::SentinelClient};
 
 use super::{
-    Inner, RedisStore, connection::Connection, failure::classify, keys::Keys, scripts::Scripts, server,
+    Inner, RedisStore, address,
+    connection::{Connection, Replicas, Settings},
+    failure::classify,
+    keys::Keys,
+    scripts::Scripts,
+    tls::Certificates,
     waiters::Waiters,
+    way::Way,
 };
-use crate::error::{StoreError, StoreErrorKind};
+use crate::error::StoreError;
+#[cfg(doc)]
+use crate::error::StoreErrorKind;
 
 /// The settings of a [`RedisStore`], from [`RedisStore::builder`].
 #[derive(Clone, Debug)]
 #[must_use = "nothing is connected until it is asked to"]
 pub struct RedisStoreBuilder {
     prefix: String,
-    timeout: Duration,
-    refuse_forgetful_server: bool,
+    settings: Settings,
+    certificates: Certificates,
 }
 
 impl Default for RedisStoreBuilder {
     fn default() -> Self {
         Self {
             prefix: "idempotency:".to_owned(),
-            timeout: Duration::from_secs(1),
-            refuse_forgetful_server: false,
+            settings: Settings {
+                timeout: Duration::from_secs(1),
+                refuse_forgetful_server: false,
+                replicas: None,
+            },
+            certificates: Certificates::default(),
         }
     }
 }
 
 impl RedisStoreBuilder {
     /// What the name of each key begins with. Services that share a server need different ones, and the nodes of one
-    /// service the same. Default: `idempotency:`.
+    /// service the same. A name with braces keeps all records in one slot of a cluster. Default: `idempotency:`.
     pub fn prefix(self, prefix: impl Into<String>) -> Self {
         Self {
             prefix: prefix.into(),
@@ -45,54 +57,116 @@ impl RedisStoreBuilder {
     ///
     /// # Panics
     /// If it is zero.
-    pub fn timeout(self, timeout: Duration) -> Self {
+    pub fn timeout(mut self, timeout: Duration) -> Self {
         assert!(!timeout.is_zero(), "no server answers in no time");
-        Self { timeout, ..self }
+        self.settings.timeout = timeout;
+        self
     }
 
-    /// Refuse to connect to a server that may evict records (a `maxmemory-policy` other than `noeviction`), that
-    /// forgets them at a restart (no append-only file), or that does not say. Default: it is used, with a warning.
-    pub fn refuse_forgetful_server(self, refuse: bool) -> Self {
-        Self {
-            refuse_forgetful_server: refuse,
-            ..self
-        }
+    /// Refuse servers that may evict records (a `maxmemory-policy` other than `noeviction`), that forget them at a
+    /// restart (no append-only file), or that do not say; each server of a cluster, and the new primary after a
+    /// failover. Default: they are used, with a warning.
+    pub fn refuse_forgetful_server(mut self, refuse: bool) -> Self {
+        self.settings.refuse_forgetful_server = refuse;
+        self
     }
 
-    /// Connects to a server by its URL, such as `redis://user:password@host:6379/0`, with `TCP_NODELAY`.
+    /// Nothing is done until this many replicas have acknowledged it (`WAIT`). If fewer do `within` this time, which is
+    /// rounded down to milliseconds, the step fails as [`Unavailable`](StoreErrorKind::Unavailable): no handler runs
+    /// under such a claim, and a completion is tried again. It may be on the primary all the same.
+    ///
+    /// A failover that promotes a replica which acknowledged loses nothing then. Which one it promotes is not up to us,
+    /// so this makes a loss rarer and not impossible. All steps of a process wait in one line, so their number per second
+    /// is at most that of a replica's answers. Default: none are waited for.
+    ///
+    /// # Panics
+    /// If `count` is zero.
+    pub fn wait_for_replicas(mut self, count: usize, within: Duration) -> Self {
+        assert!(count > 0, "there is nothing to wait for");
+        self.settings.replicas = Some(Replicas { count, within });
+        self
+    }
+
+    /// Certificates (PEM) that servers' own are checked against, instead of those that the system trusts.
+    #[cfg(feature = "redis-tls")]
+    pub fn root_certificates(mut self, pem: impl Into<Vec<u8>>) -> Self {
+        self.certificates.root = Some(pem.into());
+        self
+    }
+
+    /// The certificate (PEM) that servers know this client by, and its key. Default: none.
+    #[cfg(feature = "redis-tls")]
+    pub fn client_certificate(mut self, pem: impl Into<Vec<u8>>, key: impl Into<Vec<u8>>) -> Self {
+        self.certificates.client = Some((pem.into(), key.into()));
+        self
+    }
+
+    /// Connects by URL, with `TCP_NODELAY`:
+    ///
+    /// | URL | leads to |
+    /// |---|---|
+    /// | `redis://user:password@host:6379/0` | one server |
+    /// | `redis+cluster://user:password@host:6379,host:6380` | a cluster, by any of its nodes |
+    /// | `redis+sentinel://user:password@host:26379,host:26380/service/0` | the primary of a service, by its sentinels |
+    ///
+    /// `rediss` in place of `redis` encrypts (feature `redis-tls`); `valkey` and `valkeys` are the same as `redis` and
+    /// `rediss`. Credentials are those of the servers; `?sentinel_username=…&sentinel_password=…` are those of sentinels.
     ///
     /// # Errors
     /// [`Unavailable`](StoreErrorKind::Unavailable) if it cannot be reached now, and [`Other`](StoreErrorKind::Other)
     /// for a URL that is none, a refused log-in, a server before Redis 7.0, or one that is
     /// [refused](Self::refuse_forgetful_server).
     pub async fn connect(self, url: &str) -> Result<RedisStore, StoreError> {
-        let info = url.into_connection_info().map_err(classify)?;
-        let tcp = info.tcp_settings().clone().set_nodelay(true);
-        let client = Client::open(info.set_tcp_settings(tcp)).map_err(classify)?;
-        self.connect_client(client).await
+        let way = address::way(url, &self.certificates).map_err(classify)?;
+        self.start(way).await
     }
 
-    /// Connects by a client of your own making: with your version of the `redis` crate's features, such as TLS, and
-    /// with TCP settings, which should have `TCP_NODELAY`.
+    /// Connects by a client of your own making, with TCP settings, which should have `TCP_NODELAY`, and certificates.
     ///
     /// # Errors
     /// As [`connect`](Self::connect).
     pub async fn connect_client(self, client: Client) -> Result<RedisStore, StoreError> {
-        let first_look = async {
-            // On a connection of its own, without the retries of the one for records: a mistake is told at once.
-            client.get_multiplexed_async_connection().await.map(drop)
-        };
-        match tokio::time::timeout(self.timeout, first_look).await {
-            Ok(result) => result.map_err(classify)?,
-            Err(elapsed) => return Err(StoreError::with_source(StoreErrorKind::Unavailable, elapsed)),
-        }
-        let connection = Connection::new(client.clone(), self.timeout)?;
-        server::check(&connection, self.refuse_forgetful_server).await?;
-        let keys = Keys::new(self.prefix);
+        self.start(Way::Single(client)).await
+    }
+
+    /// Connects by a client of a cluster of your own making. Its waiters hear of changes if it speaks RESP3, and look
+    /// again each second if it does not.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn connect_cluster(self, client: ClusterClient) -> Result<RedisStore, StoreError> {
+        self.start(Way::Cluster(Box::new(client))).await
+    }
+
+    /// Connects by a client of sentinels of your own making, which has to be one for the primary. They are asked again
+    /// whenever the connection breaks or its server is no primary any more.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn connect_sentinel(self, client: SentinelClient) -> Result<RedisStore, StoreError> {
+        self.start(Way::sentinel(client)).await
+    }
+
+    /// Works on a connection of your own, such as a `ConnectionManager` that the rest of the program uses, too; not one
+    /// to a cluster. It has to make itself anew when it breaks. Waiters look again four times a second: nothing is subscribed to.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn connect_with<C>(self, connection: C) -> Result<RedisStore, StoreError>
+    where
+        C: ConnectionLike + Clone + Send + Sync + 'static,
+    {
+        self.start(Way::Own(Box::new(connection))).await
+    }
+
+    async fn start(self, way: Way) -> Result<RedisStore, StoreError> {
+        let (way, keys, timeout) = (Arc::new(way), Keys::new(self.prefix), self.settings.timeout);
+        let connection = Connection::new(Arc::clone(&way), self.settings);
+        connection.open().await.map_err(classify)?;
         let inner = Inner {
             connection,
-            scripts: Scripts::new(),
-            waiters: Waiters::new(client, keys.clone(), self.timeout),
+            scripts: Scripts::new(way.is_cluster()),
+            waiters: Waiters::new(way, keys.clone(), timeout),
             keys,
         };
         Ok(RedisStore { inner: Arc::new(inner) })

@@ -1,162 +1,329 @@
 //! One connection to the server, which every step of every clone shares, and a deadline on each of them.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use redis::{
-    Client, Cmd, ErrorKind, Pipeline, RedisError, ServerErrorKind, Value,
-    aio::{ConnectionManager, ConnectionManagerConfig},
+use redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, ServerErrorKind, Value};
+use tokio::{
+    sync::watch,
+    time::{Instant, error::Elapsed, sleep, timeout, timeout_at},
 };
-use tokio::time::{Instant, error::Elapsed, timeout};
 
 use super::{
-    failure::{classify, is_answer},
+    failure::{is_answer, is_over, leads_elsewhere},
     scripts::Step,
+    server,
+    way::{Link, Way},
 };
-use crate::error::{StoreError, StoreErrorKind};
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    random,
+};
 
-/// The longest pause between two tries to connect, before half as much again by chance.
+/// The first pause before another try to connect, and the longest, before half as much again by chance.
+const FIRST_PAUSE: Duration = Duration::from_millis(25);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
-/// Tries to connect before those who wait for it are told so. The next one begins anew.
-const TRIES: usize = 4;
-/// What all pauses between them may take.
-const PAUSES: Duration = Duration::from_secs(3);
-/// Commands that wait to be written.
-const PIPELINE: usize = 1024;
+/// Opening takes several questions where sentinels or the nodes of a cluster are asked one after the other.
+const QUESTIONS: u32 = 4;
 
-pub(super) struct Connection {
-    client: Client,
-    timeout: Duration,
-    current: Mutex<Current>,
+#[derive(Clone, Debug)]
+pub(super) struct Settings {
+    pub(super) timeout: Duration,
+    pub(super) refuse_forgetful_server: bool,
+    pub(super) replicas: Option<Replicas>,
 }
 
-struct Current {
-    manager: ConnectionManager,
-    /// Of the first error since the server answered.
+/// How many replicas have to acknowledge a change, and within which time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Replicas {
+    pub(super) count: usize,
+    pub(super) within: Duration,
+}
+
+pub(super) struct Connection {
+    way: Arc<Way>,
+    settings: Settings,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    link: Option<Link>,
+    /// Counts links, so that nobody gives up another one than the one that failed.
+    number: u64,
+    /// Runs as a task: whoever waits for it may leave, and the next one goes on waiting.
+    opening: Option<Opening>,
+    /// Before the next opening. Grows until the server answers.
+    pause: Duration,
+    /// The first failure since the server answered.
     failing_since: Option<Instant>,
 }
 
+#[derive(Clone)]
+struct Opening {
+    result: watch::Receiver<Option<RedisResult<Link>>>,
+    /// It has ended by then, unless the runtime that it is a task of does not run.
+    until: Instant,
+}
+
+/// A step, what is asked before it, and what came back.
+pub(super) struct Flight<'a> {
+    pub(super) key: &'a [u8],
+    /// Asks for a number.
+    pub(super) before: Option<Cmd>,
+    pub(super) step: &'a Cmd,
+}
+
+#[derive(Debug)]
+pub(super) struct Landed {
+    /// `None` where it was not asked, or not answered.
+    pub(super) before: Option<i64>,
+    pub(super) answer: RedisResult<Value>,
+    /// Whether as many replicas acknowledged what was written as have to.
+    pub(super) is_safe: bool,
+}
+
 impl Connection {
-    /// Connects when it is first used. Has to be called within a runtime.
-    pub(super) fn new(client: Client, timeout: Duration) -> Result<Self, StoreError> {
-        let manager = manager(&client, timeout).map_err(classify)?;
-        let current = Current {
-            manager,
-            failing_since: None,
-        };
-        Ok(Self {
-            client,
-            timeout,
-            current: Mutex::new(current),
-        })
+    pub(super) fn new(way: Arc<Way>, settings: Settings) -> Self {
+        Self {
+            way,
+            settings,
+            state: Mutex::default(),
+        }
+    }
+
+    /// The first connection: a mistake is told at once.
+    pub(super) async fn open(&self) -> RedisResult<()> {
+        self.link(after(Instant::now(), most(&self.settings))).await.map(drop)
+    }
+
+    pub(super) fn is_cluster(&self) -> bool {
+        self.way.is_cluster()
     }
 
     pub(super) fn deadline(&self) -> Instant {
-        let now = Instant::now();
-        // Whoever sets a time that no clock can count waits a year.
-        now.checked_add(self.timeout)
-            .unwrap_or(now + Duration::from_secs(365 * 24 * 60 * 60))
+        after(Instant::now(), self.settings.timeout)
     }
 
-    /// Sends one command. It was written wholly or not at all when this is dropped.
-    pub(super) async fn send(&self, command: &Cmd, deadline: Instant) -> Result<Value, RedisError> {
-        let mut manager = self.current().manager.clone();
-        let left = deadline.saturating_duration_since(Instant::now());
-        let result = match timeout(left, manager.send_packed_command(command)).await {
-            Ok(result) => result.and_then(Value::extract_error),
-            Err(elapsed) => Err(late(elapsed)),
+    /// Sends a step. It was written wholly or not at all when this is dropped.
+    pub(super) async fn send(&self, flight: Flight<'_>, deadline: Instant) -> Landed {
+        let failed = |error| Landed {
+            before: None,
+            answer: Err(error),
+            is_safe: false,
         };
-        self.note(&result);
-        result
+        let (mut link, number) = match self.link(deadline).await {
+            Ok(link) => link,
+            Err(error) => return failed(error),
+        };
+        let landed = timeout_at(deadline, self.fly(&mut link, flight)).await;
+        let landed = landed.unwrap_or_else(|elapsed| failed(late(elapsed)));
+        self.note(number, landed.answer.as_ref().err());
+        landed
     }
 
-    /// Sends one command and another one before it in the same flight, which asks for a number.
-    pub(super) async fn send_after(
-        &self,
-        before: &Cmd,
-        command: &Cmd,
-        deadline: Instant,
-    ) -> (Option<i64>, Result<Value, RedisError>) {
-        let mut manager = self.current().manager.clone();
-        let mut both = Pipeline::with_capacity(2);
-        both.add_command(before.clone()).add_command(command.clone());
-        let left = deadline.saturating_duration_since(Instant::now());
-        let answers = match timeout(left, manager.send_packed_commands(&both, 0, 2)).await {
+    async fn fly(&self, link: &mut Link, flight: Flight<'_>) -> Landed {
+        let Flight { key, before, step } = flight;
+        if before.is_none() && self.settings.replicas.is_none() {
+            return Landed {
+                before: None,
+                answer: link.send(step).await,
+                is_safe: true,
+            };
+        }
+        let mut commands = Pipeline::with_capacity(3);
+        let asks = before.is_some();
+        if let Some(before) = before {
+            commands.add_command(before);
+        }
+        commands.add_command(step.clone());
+        if let Some(Replicas { count, within }) = self.settings.replicas {
+            // Nothing is for ever there.
+            let millis = u64::try_from(within.as_millis()).unwrap_or(u64::MAX).max(1);
+            commands.cmd("WAIT").arg(count).arg(millis);
+        }
+        let answers = match link.send_all(key, commands).await {
             Ok(answers) => answers,
-            Err(elapsed) => Err(late(elapsed)),
-        };
-        let mut number = None;
-        let result = answers.and_then(|mut answers| {
-            let answer = answers.pop().unwrap_or(Value::Nil).extract_error();
-            if let Some(Value::Int(found)) = answers.pop() {
-                number = Some(found);
+            Err(error) => {
+                return Landed {
+                    before: None,
+                    answer: Err(error),
+                    is_safe: false,
+                };
             }
-            answer
+        };
+        let mut answers = answers.into_iter();
+        let number = |answer| match answer {
+            Some(Value::Int(number)) => Some(number),
+            _ => None,
+        };
+        let before = if asks { number(answers.next()) } else { None };
+        let answer = answers.next().unwrap_or(Value::Nil).extract_error();
+        let is_safe = self.settings.replicas.is_none_or(|replicas| {
+            let acknowledged = number(answers.next()).and_then(|count| usize::try_from(count).ok());
+            acknowledged.is_some_and(|count| count >= replicas.count)
         });
-        self.note(&result);
-        (number, result)
+        Landed {
+            before,
+            answer,
+            is_safe,
+        }
     }
 
     /// Runs a step on the server.
-    pub(super) async fn run(
-        &self,
-        step: &Step,
-        key: &[u8],
-        arguments: &[&[u8]],
-        deadline: Instant,
-    ) -> Result<Value, RedisError> {
-        let result = self
-            .send(&command("EVALSHA", &step.hash, key, arguments), deadline)
-            .await;
-        match result {
-            // It was never told, or was restarted: it is sent in full, and known from then on.
-            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                self.send(&command("EVAL", &step.code, key, arguments), deadline).await
+    pub(super) async fn run(&self, step: &Step, key: &[u8], arguments: &[&[u8]], deadline: Instant) -> Landed {
+        let run = |name, script| {
+            let command = command(name, script, key, arguments);
+            async move {
+                let flight = Flight {
+                    key,
+                    before: None,
+                    step: &command,
+                };
+                self.send(flight, deadline).await
             }
-            result => result,
+        };
+        let landed = run("EVALSHA", &step.hash).await;
+        match &landed.answer {
+            // It was never told, or was restarted: it is sent in full, and known from then on.
+            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => run("EVAL", &step.code).await,
+            _ => landed,
         }
     }
 
-    /// A connection that has not got an answer for long is given up for a new one, which looks the server's name up
-    /// again: it may be cut without a word, lead to a server that is no primary any more, or have failed to log in.
-    fn note(&self, result: &Result<Value, RedisError>) {
-        let mut current = self.current();
-        let failed = result.as_ref().is_err_and(|error| !is_answer(error));
-        if !failed {
-            current.failing_since = None;
-            return;
+    async fn link(&self, deadline: Instant) -> RedisResult<(Link, u64)> {
+        loop {
+            let mut opening = {
+                let mut state = self.state();
+                if let Some(link) = &state.link {
+                    return Ok((link.clone(), state.number));
+                }
+                self.opening(&mut state)
+            };
+            let opened = match timeout_at(deadline, opening.result.wait_for(Option::is_some)).await {
+                Ok(Ok(opened)) => opened.clone(),
+                // The runtime that it was opened on is gone.
+                Ok(Err(_)) => None,
+                Err(elapsed) => return Err(late(elapsed)),
+            };
+            let mut state = self.state();
+            let is_present = state
+                .opening
+                .as_ref()
+                .is_some_and(|present| present.result.same_channel(&opening.result));
+            match opened {
+                Some(Ok(link)) if is_present => {
+                    state.opening = None;
+                    state.link = Some(link);
+                    state.number += 1;
+                }
+                Some(Ok(_)) => {}
+                Some(Err(error)) => {
+                    if is_present {
+                        state.opening = None;
+                        state.wait_longer();
+                    }
+                    return Err(error);
+                }
+                None if is_present => state.opening = None,
+                None => {}
+            }
         }
+    }
+
+    /// Joins the present one, or starts one.
+    fn opening(&self, state: &mut State) -> Opening {
         let now = Instant::now();
-        let since = *current.failing_since.get_or_insert(now);
-        // Long enough for the tries of the present one, which are not to be cut short.
-        if now.duration_since(since) < self.timeout.saturating_mul(2).saturating_add(PAUSES) {
+        if let Some(opening) = &state.opening {
+            let is_over = match &*opening.result.borrow() {
+                Some(Ok(_)) => false,
+                // What failed while nobody waited says nothing of now.
+                Some(Err(_)) => true,
+                None => now >= opening.until,
+            };
+            if !is_over {
+                return opening.clone();
+            }
+        }
+        let (way, settings, pause) = (Arc::clone(&self.way), self.settings.clone(), state.pause);
+        let (opened, result) = watch::channel(None);
+        let until = after(now, most(&settings).saturating_add(pause * 2));
+        tokio::spawn(async move {
+            sleep(pause + Duration::from_millis(random::below(pause.as_millis() as u64 / 2 + 1))).await;
+            let link = open(&way, &settings).await;
+            let _ = opened.send(Some(link));
+        });
+        let opening = Opening { result, until };
+        state.opening = Some(opening.clone());
+        opening
+    }
+
+    /// A connection that breaks, leads to a server that is no primary any more, or has not got an answer for long is
+    /// given up. The next one looks for the server again.
+    fn note(&self, number: u64, error: Option<&RedisError>) {
+        let mut state = self.state();
+        if number != state.number || state.link.is_none() {
             return;
         }
-        current.failing_since = None;
-        if let Ok(manager) = manager(&self.client, self.timeout) {
-            current.manager = manager;
+        let Some(error) = error.filter(|error| !is_answer(error)) else {
+            state.failing_since = None;
+            state.pause = Duration::ZERO;
+            return;
+        };
+        let now = Instant::now();
+        let since = *state.failing_since.get_or_insert(now);
+        let patience = match self.way.mends_itself() {
+            true => self.settings.timeout.saturating_mul(QUESTIONS),
+            false => self.settings.timeout,
+        };
+        let is_at_its_end = match self.way.mends_itself() {
+            true => is_over(error),
+            false => error.is_connection_dropped() || leads_elsewhere(error),
+        };
+        if is_at_its_end || now.duration_since(since) >= patience {
+            state.link = None;
+            state.failing_since = None;
+            state.wait_longer();
         }
     }
 
-    fn current(&self) -> MutexGuard<'_, Current> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl State {
+    fn wait_longer(&mut self) {
+        self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+    }
+}
+
+async fn open(way: &Way, settings: &Settings) -> RedisResult<Link> {
+    let opening = async {
+        let mut link = way.open(settings.timeout).await?;
+        server::check(&mut link, way.is_cluster(), settings.refuse_forgetful_server).await?;
+        Ok(link)
+    };
+    timeout(most(settings), opening)
+        .await
+        .unwrap_or_else(|elapsed| Err(late(elapsed)))
+}
+
+/// How long an opening takes at most.
+fn most(settings: &Settings) -> Duration {
+    settings.timeout.saturating_mul(QUESTIONS)
+}
+
+/// Whoever sets a time that no clock can count waits a year.
+fn after(now: Instant, time: Duration) -> Instant {
+    now.checked_add(time)
+        .unwrap_or(now + Duration::from_secs(365 * 24 * 60 * 60))
 }
 
 fn late(elapsed: Elapsed) -> RedisError {
     std::io::Error::new(std::io::ErrorKind::TimedOut, elapsed).into()
-}
-
-fn manager(client: &Client, timeout: Duration) -> Result<ConnectionManager, RedisError> {
-    let config = ConnectionManagerConfig::new()
-        .set_connection_timeout(Some(timeout))
-        .set_response_timeout(Some(timeout))
-        .set_number_of_retries(TRIES)
-        .set_max_delay(LONGEST_PAUSE)
-        .set_pipeline_buffer_size(PIPELINE);
-    ConnectionManager::new_lazy_with_config(client.clone(), config)
 }
 
 fn command(name: &str, script: &str, key: &[u8], arguments: &[&[u8]]) -> Cmd {

@@ -1,5 +1,7 @@
 //! What an error of the server or of the connection means for a step.
 
+use std::{error::Error, sync::Arc};
+
 use redis::{ErrorKind, RedisError, ServerErrorKind};
 
 use crate::error::{StoreError, StoreErrorKind};
@@ -15,11 +17,19 @@ fn kind(error: &RedisError) -> StoreErrorKind {
     match error.kind() {
         // Cut off, refused, late; and what came was no answer, so the step may have been applied.
         ErrorKind::Io | ErrorKind::Parse | ErrorKind::UnexpectedReturnType => StoreErrorKind::Unavailable,
+        // A cluster or sentinels without a server for the record, for now.
+        ErrorKind::Client
+        | ErrorKind::ClusterConnectionNotFound
+        | ErrorKind::MasterNameNotFoundBySentinel
+        | ErrorKind::NoValidReplicasFoundBySentinel => StoreErrorKind::Unavailable,
         ErrorKind::Server(
             ServerErrorKind::BusyLoading
             | ServerErrorKind::ClusterDown
             | ServerErrorKind::MasterDown
             | ServerErrorKind::TryAgain
+            // A slot that moved, and moved again while it was looked for.
+            | ServerErrorKind::Moved
+            | ServerErrorKind::Ask
             // A primary that became a replica: the next connection may find the new primary.
             | ServerErrorKind::ReadOnly,
         ) => StoreErrorKind::Unavailable,
@@ -43,6 +53,23 @@ pub(super) fn is_answer(error: &RedisError) -> bool {
         )
 }
 
+/// The server is no primary any more, and another one is.
+pub(super) fn leads_elsewhere(error: &RedisError) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::Server(ServerErrorKind::ReadOnly | ServerErrorKind::MasterDown)
+    )
+}
+
+/// Whatever it was sent through has ended, with the runtime that it was made on.
+pub(super) fn is_over(error: &RedisError) -> bool {
+    let source = error
+        .source()
+        .and_then(|source| source.downcast_ref::<Arc<dyn Error + Send + Sync>>());
+    let io = source.and_then(|source| source.downcast_ref::<std::io::Error>());
+    io.is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
 #[cfg(test)]
 mod tests {
     use redis::make_extension_error;
@@ -52,6 +79,14 @@ mod tests {
     /// As the server writes it.
     fn said(code: &str) -> StoreErrorKind {
         kind(&make_extension_error(code.to_owned(), None))
+    }
+
+    #[test]
+    fn a_connection_whose_runtime_ended_is_over_and_one_that_is_cut_may_mend_itself() {
+        let io = |kind: std::io::ErrorKind| RedisError::from(std::io::Error::from(kind));
+        assert!(is_over(&io(std::io::ErrorKind::BrokenPipe)));
+        assert!(!is_over(&io(std::io::ErrorKind::ConnectionReset)));
+        assert!(!is_over(&RedisError::from((ErrorKind::Io, "closed"))));
     }
 
     #[test]
@@ -70,15 +105,13 @@ mod tests {
             ServerErrorKind::MasterDown,
             ServerErrorKind::ReadOnly,
             ServerErrorKind::TryAgain,
+            ServerErrorKind::Moved,
+            ServerErrorKind::Ask,
         ] {
             let error = RedisError::from((ErrorKind::Server(passing), "said the server"));
             assert_eq!(kind(&error), StoreErrorKind::Unavailable, "{passing:?}");
         }
-        for staying in [
-            ServerErrorKind::Moved,
-            ServerErrorKind::CrossSlot,
-            ServerErrorKind::NoPerm,
-        ] {
+        for staying in [ServerErrorKind::CrossSlot, ServerErrorKind::NoPerm] {
             let error = RedisError::from((ErrorKind::Server(staying), "said the server"));
             assert_eq!(kind(&error), StoreErrorKind::Other, "{staying:?}");
         }

@@ -6,25 +6,25 @@ use crate::record::RecordId;
 #[derive(Clone, Debug)]
 pub(super) struct Keys(String);
 
-const CHANGED: &str = "changed:";
-
 impl Keys {
     pub(super) fn new(prefix: String) -> Self {
         Self(prefix)
     }
 
-    /// One key holds all of a record.
+    /// One key holds all of a record. Changes are published under the same name, so that they are where the record is.
     pub(super) fn key(&self, id: &RecordId) -> String {
-        format!("{}{}", self.0, id.to_hex())
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut key = String::with_capacity(self.0.len() + 64);
+        key.push_str(&self.0);
+        for byte in id.as_bytes() {
+            key.push(char::from(DIGITS[usize::from(byte >> 4)]));
+            key.push(char::from(DIGITS[usize::from(byte & 15)]));
+        }
+        key
     }
 
-    /// Where changes of a record are published.
-    pub(super) fn channel(&self, id: &RecordId) -> String {
-        format!("{}{CHANGED}{}", self.0, id.to_hex())
-    }
-
-    pub(super) fn id_of_channel(&self, channel: &str) -> Option<RecordId> {
-        let hex = channel.strip_prefix(&self.0)?.strip_prefix(CHANGED)?;
+    pub(super) fn id(&self, key: &str) -> Option<RecordId> {
+        let hex = key.strip_prefix(&self.0)?;
         if hex.len() != 64 || !hex.is_ascii() {
             return None;
         }
@@ -41,17 +41,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_channel_names_its_record_and_no_other_text_does() {
+    fn a_key_names_its_record_and_no_other_text_does() {
         let keys = Keys::new("idempotency:".to_owned());
         let id = RecordId::from_bytes(std::array::from_fn(|at| at as u8 * 7));
-        assert_eq!(keys.id_of_channel(&keys.channel(&id)), Some(id));
+        assert_eq!(keys.key(&id), format!("idempotency:{}", id.to_hex()));
+        assert_eq!(keys.id(&keys.key(&id)), Some(id));
         for other in [
-            keys.key(&id),
-            "idempotency:changed:".to_owned(),
-            format!("idempotency:changed:{}", "x".repeat(64)),
-            format!("idempotency:changed:{}", "ä".repeat(32)),
+            "idempotency:".to_owned(),
+            format!("other:{}", id.to_hex()),
+            format!("idempotency:{}", "x".repeat(64)),
+            format!("idempotency:{}", "ä".repeat(32)),
         ] {
-            assert_eq!(keys.id_of_channel(&other), None, "{other}");
+            assert_eq!(keys.id(&other), None, "{other}");
         }
     }
 }

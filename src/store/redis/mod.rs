@@ -1,5 +1,6 @@
 //! Records on a Redis or Valkey server.
 
+mod address;
 mod builder;
 mod connection;
 mod failure;
@@ -7,7 +8,9 @@ mod keys;
 mod record;
 mod scripts;
 mod server;
+mod tls;
 mod waiters;
+mod way;
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -16,7 +19,7 @@ use tokio::time::Instant;
 
 pub use self::builder::RedisStoreBuilder;
 use self::{
-    connection::{Connection, unexpected},
+    connection::{Connection, Flight, unexpected},
     failure::classify,
     keys::Keys,
     record::{Record, State},
@@ -91,20 +94,15 @@ impl Store for RedisStore {
     }
 
     async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
-        let Inner { scripts, keys, .. } = &*self.inner;
+        let scripts = &self.inner.scripts;
         let step = match response.is_kept() {
             true => &scripts.complete,
             // There is always room for the fact.
             false => &scripts.complete_without_answer,
         };
         let time_to_live = record::completed_millis(retention).map_or_else(String::new, |millis| millis.to_string());
-        let (completion, channel) = (record::completion(response, retention), keys.channel(&lease.id));
-        let arguments: [&[u8]; 4] = [
-            lease.owner.as_bytes(),
-            &completion,
-            time_to_live.as_bytes(),
-            channel.as_bytes(),
-        ];
+        let completion = record::completion(response, retention);
+        let arguments: [&[u8]; 3] = [lease.owner.as_bytes(), &completion, time_to_live.as_bytes()];
         self.inner.change(step, lease, &arguments).await
     }
 
@@ -115,15 +113,13 @@ impl Store for RedisStore {
     }
 
     async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
-        let channel = self.inner.keys.channel(&lease.id);
-        let arguments: [&[u8]; 2] = [lease.owner.as_bytes(), channel.as_bytes()];
-        self.inner.change(&self.inner.scripts.release, lease, &arguments).await
+        let step = &self.inner.scripts.release;
+        self.inner.change(step, lease, &[lease.owner.as_bytes()]).await
     }
 
     async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
-        let channel = self.inner.keys.channel(&lease.id);
-        let arguments: [&[u8]; 2] = [lease.owner.as_bytes(), channel.as_bytes()];
-        self.inner.change(&self.inner.scripts.abandon, lease, &arguments).await
+        let step = &self.inner.scripts.abandon;
+        self.inner.change(step, lease, &[lease.owner.as_bytes()]).await
     }
 
     async fn changed(&self, id: &RecordId) {
@@ -143,24 +139,27 @@ impl Inner {
             .arg("GET")
             .arg("PX")
             .arg(record::in_progress_millis(claim));
-        let (time_to_live, answer) = if claim.asks_for_remaining {
-            let mut ask = redis::cmd("PTTL");
-            ask.arg(&key);
-            // Asked before, so that it says something of the record that the claim finds.
-            self.connection.send_after(&ask, &set, deadline).await
-        } else {
-            (None, self.connection.send(&set, deadline).await)
+        // Asked before, so that it says something of the record that the claim finds; and not in a cluster, where two
+        // commands in a flight may meet two servers.
+        let asks = claim.asks_for_remaining && !self.connection.is_cluster();
+        let flight = Flight {
+            key: key.as_bytes(),
+            before: asks.then(|| redis::cmd("PTTL").arg(&key).clone()),
+            step: &set,
         };
-        match answer {
-            Ok(Value::Nil) => Ok(Begin::Acquired(Lease::new(*id, claim.owner, 1))),
+        let landed = self.connection.send(flight, deadline).await;
+        match landed.answer {
+            Ok(Value::Nil) => safe(Begin::Acquired(Lease::new(*id, claim.owner, 1)), landed.is_safe),
             Ok(Value::BulkString(bytes)) => {
                 let record = Record::decode(bytes)?;
-                match (record.state, time_to_live) {
-                    (State::Completed { response, kept }, time_to_live) => Ok(Begin::Completed {
-                        fingerprint: record.fingerprint,
-                        response,
-                        remaining: time_to_live.map(|time_to_live| record::remaining(time_to_live, kept)),
-                    }),
+                match record.state {
+                    State::Completed { response, kept } if landed.before.is_some() || !claim.asks_for_remaining => {
+                        Ok(Begin::Completed {
+                            fingerprint: record.fingerprint,
+                            response,
+                            remaining: landed.before.map(|left| record::remaining(left, kept)),
+                        })
+                    }
                     _ => self.look_closer(id, claim, true, deadline).await,
                 }
             }
@@ -200,9 +199,10 @@ impl Inner {
             if has_room { b"1" } else { b"0" },
         ];
         let (key, step) = (self.keys.key(id), &self.scripts.begin);
-        let answer = self.connection.run(step, key.as_bytes(), &arguments, deadline).await;
-        let acquired = |fence| Ok(Begin::Acquired(Lease::new(*id, claim.owner, fence)));
-        match Said::read(answer.map_err(classify)?)? {
+        let landed = self.connection.run(step, key.as_bytes(), &arguments, deadline).await;
+        let is_safe = landed.is_safe;
+        let acquired = |fence| safe(Begin::Acquired(Lease::new(*id, claim.owner, fence)), is_safe);
+        match Said::read(landed.answer.map_err(classify)?)? {
             Said {
                 what: scripts::VACANT, ..
             } => Err(StoreErrorKind::Full.into()),
@@ -229,12 +229,24 @@ impl Inner {
 
     async fn change(&self, step: &Step, lease: &Lease, arguments: &[&[u8]]) -> Result<(), StoreError> {
         let (key, deadline) = (self.keys.key(&lease.id), self.connection.deadline());
-        let answer = self.connection.run(step, key.as_bytes(), arguments, deadline).await;
-        match answer.map_err(classify)? {
-            Value::Int(scripts::CHANGED) => Ok(()),
+        let landed = self.connection.run(step, key.as_bytes(), arguments, deadline).await;
+        let is_safe = landed.is_safe;
+        match landed.answer.map_err(classify)? {
+            Value::Int(scripts::CHANGED) => safe((), is_safe),
             Value::Int(scripts::NOT_OWNED) => Err(StoreErrorKind::Fenced.into()),
             other => Err(unexpected(&other)),
         }
+    }
+}
+
+/// What was changed, if as many replicas have it as have to.
+fn safe<T>(changed: T, is_safe: bool) -> Result<T, StoreError> {
+    match is_safe {
+        true => Ok(changed),
+        false => Err(StoreError::with_source(
+            StoreErrorKind::Unavailable,
+            "too few replicas acknowledged the change",
+        )),
     }
 }
 

@@ -38,7 +38,10 @@ pub(super) struct Step {
 }
 
 impl Scripts {
-    pub(super) fn new() -> Self {
+    /// In a cluster changes are published on the record's node alone.
+    pub(super) fn new(is_cluster: bool) -> Self {
+        let wake = if is_cluster { WAKE_IN_A_CLUSTER } else { WAKE };
+        let step = |flags, body| step(flags, wake, body);
         Self {
             begin: step(ALLOW_OOM, BEGIN),
             complete: step("", COMPLETE),
@@ -52,19 +55,18 @@ impl Scripts {
 
 const ALLOW_OOM: &str = " flags=allow-oom";
 
-fn step(flags: &str, body: &str) -> Step {
+fn step(flags: &str, wake: &str, body: &str) -> Step {
     let code = format!(
         "#!lua{flags}\n\
          local IN_PROGRESS, ABANDONED, COMPLETED, HEAD = {IN_PROGRESS}, {ABANDONED}, {COMPLETED}, {HEAD}\n\
          local FOUND, FIRST, TAKEN_OVER, OWN, VACANT = {FOUND}, {FIRST}, {TAKEN_OVER}, {OWN}, {VACANT}\n\
          local NOT_OWNED, CHANGED = {NOT_OWNED}, {CHANGED}\n\
-         {COMMON}{body}"
+         {COMMON}{wake}{body}"
     );
     let hash = Script::new(&code).get_hash().to_owned();
     Step { code, hash }
 }
 
-/// `pcall`: a server that lets nobody publish has changed the record all the same.
 const COMMON: &str = r"
 local key = KEYS[1]
 local function state_if_owned_by(owner)
@@ -74,9 +76,20 @@ local function state_if_owned_by(owner)
 end
 local function keep(value) return struct.unpack('<I8', value, 27) end
 local function expire(millis) redis.call('PEXPIRE', key, string.format('%.0f', millis)) end
-local function wake(channel)
-    local listeners = redis.pcall('PUBSUB', 'NUMSUB', channel)
-    if listeners[2] and listeners[2] > 0 then redis.pcall('PUBLISH', channel, '') end
+local function write_again(state) redis.call('SETRANGE', key, 1, string.char(state)) end
+";
+
+/// `pcall`: a server that lets nobody publish has changed the record all the same.
+const WAKE: &str = r"
+local function wake()
+    local listeners = redis.pcall('PUBSUB', 'NUMSUB', key)
+    if listeners[2] and listeners[2] > 0 then redis.pcall('PUBLISH', key, '') end
+end
+";
+const WAKE_IN_A_CLUSTER: &str = r"
+local function wake()
+    local listeners = redis.pcall('PUBSUB', 'SHARDNUMSUB', key)
+    if listeners[2] and listeners[2] > 0 then redis.pcall('SPUBLISH', key, '') end
 end
 ";
 
@@ -104,11 +117,16 @@ end
 return {FOUND, value, left}
 ";
 
-/// ARGV: the owner, the answer with its checksum, its time to live or an empty string, the channel.
+/// ARGV: the owner, the answer with its checksum, its time to live or an empty string.
+///
+/// What was changed by an earlier try, whose answer was lost, is written again: replicas that are waited for acknowledge
+/// what a connection has written, and this may be another one.
 const COMPLETE: &str = r"
 local state, head = state_if_owned_by(ARGV[1])
--- The answer of an earlier try was lost.
-if state == COMPLETED then return CHANGED end
+if state == COMPLETED then
+    write_again(state)
+    return CHANGED
+end
 if state ~= IN_PROGRESS and state ~= ABANDONED then return NOT_OWNED end
 local completed = head:sub(1, 1) .. string.char(COMPLETED) .. head:sub(3) .. ARGV[2]
 if ARGV[3] == '' then
@@ -116,7 +134,7 @@ if ARGV[3] == '' then
 else
     redis.call('SET', key, completed, 'PX', ARGV[3])
 end
-wake(ARGV[4])
+wake()
 return CHANGED
 ";
 
@@ -128,23 +146,25 @@ expire(ARGV[2] + keep(head))
 return CHANGED
 ";
 
-/// ARGV: the owner, the channel.
+/// ARGV: the owner.
 const RELEASE: &str = r"
 local state = state_if_owned_by(ARGV[1])
 if state ~= IN_PROGRESS and state ~= ABANDONED then return NOT_OWNED end
 redis.call('DEL', key)
-wake(ARGV[2])
+wake()
 return CHANGED
 ";
 
-/// ARGV: the owner, the channel.
+/// ARGV: the owner.
 const ABANDON: &str = r"
 local state, head = state_if_owned_by(ARGV[1])
--- The answer of an earlier try was lost.
-if state == ABANDONED then return CHANGED end
+if state == ABANDONED then
+    write_again(state)
+    return CHANGED
+end
 if state ~= IN_PROGRESS then return NOT_OWNED end
 redis.call('SETRANGE', key, 1, string.char(ABANDONED))
 expire(keep(head))
-wake(ARGV[2])
+wake()
 return CHANGED
 ";

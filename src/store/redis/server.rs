@@ -1,9 +1,10 @@
-//! Whether a server keeps what it was given: asked once, before the first record.
+//! Whether servers keep what they are given: asked on each new connection, before the first record.
 
-use redis::{Value, from_redis_value};
+use std::collections::BTreeSet;
 
-use super::{connection::Connection, failure::classify};
-use crate::error::{StoreError, StoreErrorKind};
+use redis::{ErrorKind, RedisResult, Value, from_redis_value};
+
+use super::{address::wrong, way::Link};
 
 /// What a server says about itself, as far as records depend on it.
 #[derive(Debug, PartialEq, Eq)]
@@ -11,39 +12,42 @@ struct Facts<'a> {
     version: Option<(u32, u32)>,
     eviction: Option<&'a str>,
     append_only: Option<bool>,
+    is_in_a_cluster: bool,
 }
 
-/// Warns of a server that may forget records, or refuses it.
-pub(super) async fn check(connection: &Connection, refuse: bool) -> Result<(), StoreError> {
+/// Warns of servers that may forget records, or refuses them.
+pub(super) async fn check(link: &mut Link, is_cluster: bool, refuse: bool) -> RedisResult<()> {
     let mut command = redis::cmd("INFO");
-    command.arg("server").arg("memory").arg("persistence");
-    let deadline = connection.deadline();
-    let info = match connection.send(&command, deadline).await {
-        Ok(info) => text(info)?,
+    command.arg("server").arg("memory").arg("persistence").arg("cluster");
+    let said = match link.ask_each(&command).await {
+        Ok(said) => said,
         // A hosted server may keep this to itself.
-        Err(error) if error.code() == Some("NOPERM") => String::new(),
-        Err(error) => return Err(classify(error)),
+        Err(error) if error.code() == Some("NOPERM") => vec![Value::SimpleString(String::new())],
+        Err(error) => return Err(error),
     };
-    let facts = Facts::read(&info);
-    // Redis; Valkey goes on from there, and tells a version that its clients of then know.
-    if facts.version.is_some_and(|version| version < (7, 0)) {
-        return Err(StoreError::with_source(
-            StoreErrorKind::Other,
-            "the server is older than Redis 7.0",
-        ));
+    let mut known = BTreeSet::new();
+    for info in said {
+        let info: String = from_redis_value(info)?;
+        let facts = Facts::read(&info);
+        // Redis; Valkey goes on from there, and tells a version that its clients of then know.
+        if facts.version.is_some_and(|version| version < (7, 0)) {
+            return Err(wrong("the server is older than Redis 7.0"));
+        }
+        if facts.is_in_a_cluster && !is_cluster {
+            return Err(wrong(
+                "the server is part of a cluster: its URL begins with redis+cluster://",
+            ));
+        }
+        known.extend(facts.dangers());
     }
-    let dangers = facts.dangers();
-    for danger in &dangers {
+    // The servers of a cluster are mostly alike.
+    for danger in &known {
         tracing::warn!("{danger}");
     }
-    match dangers.first() {
-        Some(danger) if refuse => Err(StoreError::with_source(StoreErrorKind::Other, danger.as_str())),
+    match known.pop_first() {
+        Some(danger) if refuse => Err((ErrorKind::InvalidClientConfig, "a forgetful server", danger).into()),
         _ => Ok(()),
     }
-}
-
-fn text(value: Value) -> Result<String, StoreError> {
-    from_redis_value(value).map_err(|error| classify(error.into()))
 }
 
 impl<'a> Facts<'a> {
@@ -60,6 +64,7 @@ impl<'a> Facts<'a> {
             version,
             eviction: field("maxmemory_policy"),
             append_only: field("aof_enabled").map(|enabled| enabled == "1"),
+            is_in_a_cluster: field("cluster_enabled") == Some("1"),
         }
     }
 
@@ -100,5 +105,6 @@ mod tests {
         assert_eq!(dangers("maxmemory_policy:volatile-ttl\r\naof_enabled:0\r\n"), 2);
         assert_eq!(dangers(""), 2);
         assert_eq!(Facts::read("redis_version:6.2.14\r\n").version, Some((6, 2)));
+        assert!(Facts::read("cluster_enabled:1\r\n").is_in_a_cluster);
     }
 }

@@ -1,0 +1,181 @@
+//! What is where in a file: who wrote it, then the journal, then redb's pages.
+//!
+//! | bytes | content |
+//! |---|---|
+//! | 17 | `tower-idempotency` |
+//! | 1 | version, 2 |
+//! | 4 | CRC-32 of what follows |
+//! | 8 | the length of the journal, a multiple of 4096, little-endian |
+//! | | zeros up to 4096: the head |
+//! | | the [journal](super::journal) |
+//! | | the tables: a redb file |
+//!
+//! Version 1 was a redb file alone. It is kept as it is: it has no journal, so each change syncs redb's own pages.
+
+use std::{io, sync::Arc};
+
+use super::medium::Medium;
+
+/// What a file begins with, and the value of its table's format.
+pub(super) const OURS: &[u8; 17] = b"tower-idempotency";
+const VERSION: u8 = 2;
+
+/// A file of version 1 begins with what a redb file begins with.
+const REDB: &[u8; 9] = b"redb\x1A\x0A\xA9\x0D\x0A";
+
+/// The head's length, and what everything after it is aligned to: no write of one thing touches a block of another.
+pub(super) const BLOCK: u64 = 4096;
+
+const HEAD: usize = 30;
+
+/// Where the journal is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Region {
+    pub(super) at: u64,
+    pub(super) len: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Layout {
+    /// `None` in a file of version 1.
+    pub(super) journal: Option<Region>,
+    /// Where redb's pages begin.
+    pub(super) tables: u64,
+}
+
+/// Why a file has no layout.
+#[derive(Debug)]
+pub(super) enum Unknown {
+    NotOurs,
+    Newer(u8),
+    Damaged,
+    Io(io::Error),
+}
+
+impl Layout {
+    fn new(journal: u64) -> Self {
+        let journal = Region {
+            at: BLOCK,
+            len: journal,
+        };
+        Self {
+            journal: Some(journal),
+            tables: journal.at + journal.len,
+        }
+    }
+
+    /// Lays out an empty medium. It is whole when its tables are synced.
+    pub(super) fn make(medium: &Arc<dyn Medium>, journal: u64) -> io::Result<Self> {
+        let layout = Self::new(journal.max(1).next_multiple_of(BLOCK));
+        // Every block is written once now, so that later a sync has nothing to do but to write one again.
+        let zeros = vec![0; 1 << 20];
+        let mut at = 0;
+        while at < layout.tables {
+            let some = (layout.tables - at).min(zeros.len() as u64);
+            medium.write(at, &zeros[..some as usize])?;
+            at += some;
+        }
+        medium.write(0, &layout.encode())?;
+        Ok(layout)
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let journal = self.journal.map_or(0, |journal| journal.len);
+        let mut out = [&OURS[..], &[VERSION, 0, 0, 0, 0], &journal.to_le_bytes()].concat();
+        let checksum = crc32fast::hash(&out[22..]);
+        out[18..22].copy_from_slice(&checksum.to_le_bytes());
+        out
+    }
+
+    pub(super) fn read(medium: &Arc<dyn Medium>) -> Result<Self, Unknown> {
+        let len = medium.len().map_err(Unknown::Io)?;
+        let mut head = vec![0; len.min(HEAD as u64) as usize];
+        medium.read(0, &mut head).map_err(Unknown::Io)?;
+        Self::decode(&head, len)
+    }
+
+    fn decode(head: &[u8], len: u64) -> Result<Self, Unknown> {
+        if head.starts_with(REDB) {
+            return Ok(Self {
+                journal: None,
+                tables: 0,
+            });
+        }
+        let Some(rest) = head.strip_prefix(OURS) else {
+            return Err(Unknown::NotOurs);
+        };
+        let version = rest.first().copied().unwrap_or(VERSION);
+        if version > VERSION {
+            return Err(Unknown::Newer(version));
+        }
+        let Some((checksum, journal)) = rest.get(1..13).and_then(|rest| rest.split_first_chunk::<4>()) else {
+            return Err(Unknown::Damaged);
+        };
+        let whole = u32::from_le_bytes(*checksum) == crc32fast::hash(journal);
+        let (Some(journal), VERSION, true) = (journal.first_chunk(), version, whole) else {
+            return Err(Unknown::Damaged);
+        };
+        let journal = u64::from_le_bytes(*journal);
+        // Where tables should be there is no more file. redb would begin anew on what is left.
+        if journal == 0 || journal % BLOCK != 0 || len.saturating_sub(BLOCK) <= journal {
+            return Err(Unknown::Damaged);
+        }
+        Ok(Self::new(journal))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    /// Version 2 as it was first released, with a journal of 8 MiB. These bytes are on disks: they never change.
+    const HEAD_OF_8_MIB: &[u8] = include_bytes!("golden/v2-head.bin");
+
+    #[test]
+    fn a_head_is_written_and_read_as_it_was_first_released() {
+        let layout = Layout::new(8 << 20);
+        assert_eq!(layout.encode(), HEAD_OF_8_MIB);
+        assert_eq!(Layout::decode(HEAD_OF_8_MIB, 10 << 20).unwrap(), layout);
+        let journal = layout.journal.unwrap();
+        assert_eq!(
+            (journal.at, journal.len, layout.tables),
+            (4096, 8 << 20, (8 << 20) + 4096)
+        );
+    }
+
+    #[test]
+    fn a_file_of_version_1_has_no_journal() {
+        let layout = Layout::decode(b"redb\x1A\x0A\xA9\x0D\x0A and so on", 10 << 20).unwrap();
+        assert_eq!((layout.journal, layout.tables), (None, 0));
+    }
+
+    #[test]
+    fn no_flipped_bit_of_a_head_is_believed() {
+        for bit in 0..HEAD_OF_8_MIB.len() * 8 {
+            let mut bytes = HEAD_OF_8_MIB.to_vec();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let error = Layout::decode(&bytes, 10 << 20).unwrap_err();
+            match bit / 8 {
+                0..17 => assert!(matches!(error, Unknown::NotOurs), "bit {bit}: {error:?}"),
+                17 => assert!(
+                    matches!(error, Unknown::Newer(_) | Unknown::Damaged),
+                    "bit {bit}: {error:?}"
+                ),
+                _ => assert!(matches!(error, Unknown::Damaged), "bit {bit}: {error:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_ends_before_its_tables_is_damaged() {
+        for len in [17, 29, 4096, (8 << 20) + 4096] {
+            let head = &HEAD_OF_8_MIB[..HEAD_OF_8_MIB.len().min(len)];
+            assert!(
+                matches!(Layout::decode(head, len as u64), Err(Unknown::Damaged)),
+                "{len}"
+            );
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! A store and its connection on runtimes that come and go.
+#![cfg(all(feature = "redis", feature = "testing"))]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::time::Duration;
+
+use support::{
+    redis::Redis,
+    redis_cluster::Cluster,
+    steps::{MINUTE, acquire, complete, is_replay, listening, until_back},
+};
+use tokio::{
+    runtime::{Builder, Runtime},
+    time::timeout,
+};
+use tower_idempotency::RedisStore;
+
+fn several_threads() -> Runtime {
+    Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+/// Runs only while somebody blocks on it.
+fn one_thread() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// All that a store does, with one connection for steps and one for what is published.
+async fn works(store: &RedisStore, number: u32) {
+    until_back(store, 0).await;
+    let lease = acquire(store, number).await;
+    let heard = listening(store, number).await;
+    complete(store, &lease, 10).await;
+    timeout(MINUTE, heard).await.expect("it was woken");
+    assert!(is_replay(&until_back(store, number).await, 10));
+}
+
+#[test]
+fn a_store_outlives_the_runtime_that_it_was_made_on() {
+    let server = Redis::start(&[]);
+    let first = several_threads();
+    let store = first.block_on(RedisStore::connect(&server.url())).unwrap();
+    first.block_on(works(&store, 1));
+    drop(first);
+    let second = one_thread();
+    second.block_on(works(&store, 2));
+    drop(second);
+    several_threads().block_on(works(&store, 3));
+}
+
+#[test]
+fn a_store_in_a_cluster_outlives_the_runtime_that_it_was_made_on() {
+    let first = several_threads();
+    let cluster = first.block_on(Cluster::start(3, &[]));
+    let store = first.block_on(RedisStore::connect(&cluster.url())).unwrap();
+    first.block_on(works(&store, 1));
+    drop(first);
+    one_thread().block_on(works(&store, 2));
+}
+
+#[test]
+fn a_store_does_not_depend_on_a_runtime_that_stands_still() {
+    let server = Redis::start(&[]);
+    let still = one_thread();
+    let builder = RedisStore::builder().timeout(Duration::from_millis(200));
+    let store = still.block_on(builder.connect(&server.url())).unwrap();
+    still.block_on(until_back(&store, 1));
+    several_threads().block_on(async {
+        until_back(&store, 0).await;
+        acquire(&store, 2).await;
+    });
+    drop(still);
+}
+
+#[test]
+fn a_connection_that_is_being_made_on_a_runtime_that_stands_still_is_made_anew() {
+    let mut server = Redis::start(&[]);
+    let still = one_thread();
+    let builder = RedisStore::builder().timeout(Duration::from_millis(200));
+    let store = still.block_on(builder.connect(&server.url())).unwrap();
+    server.kill();
+    // It is given up there, and the next one is begun.
+    still.block_on(async {
+        for _ in 0..5 {
+            let _ = tower_idempotency::Store::begin(&store, &support::steps::id(1), &support::steps::claim()).await;
+        }
+        let (first, claim) = (support::steps::id(1), support::steps::claim());
+        let mut begun = Box::pin(tower_idempotency::Store::begin(&store, &first, &claim));
+        std::future::poll_fn(|cx| std::task::Poll::Ready(begun.as_mut().poll(cx).is_ready())).await;
+    });
+    server.restart("Ready to accept connections");
+    several_threads().block_on(async {
+        until_back(&store, 0).await;
+        acquire(&store, 2).await;
+    });
+    drop(still);
+}
