@@ -20,8 +20,10 @@ use tower::Service;
 
 #[derive(Clone, Default)]
 pub struct Floor {
-    records: Arc<Mutex<HashMap<[u8; 32], Record, BuildHasherDefault<First8>>>>,
+    records: Arc<Mutex<Records>>,
 }
+
+type Records = HashMap<[u8; 32], Record, BuildHasherDefault<First8>>;
 
 struct Record {
     fingerprint: [u8; 32],

@@ -1,5 +1,7 @@
 //! The service that everybody protects, and the requests that everybody gets: 1 KiB in, 1 KiB out.
 
+#![allow(dead_code, reason = "each benchmark uses its own part")]
+
 use std::hint::black_box;
 
 use axum::{Router, body::Body, http::Request, routing::post};
