@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// What the service answered.
-enum Ran<R: Body, E> {
+pub(crate) enum Ran<R: Body, E> {
     /// The service could not take the request.
     NotReady(E),
     Failed(E),
@@ -44,7 +44,7 @@ enum Ran<R: Body, E> {
 }
 
 /// What the caller gets: an answer, the service's error, or its panic.
-type Reply<R, E> = thread::Result<Result<Response<ResponseBody<R>>, E>>;
+pub(crate) type Reply<R, E> = thread::Result<Result<Response<ResponseBody<R>>, E>>;
 
 impl<S> Exchange<S> {
     /// Runs the service under a lease and tells the store how it ended before anybody else hears of it.
@@ -133,7 +133,7 @@ impl<S> Exchange<S> {
 
 /// Calls the service and reads its answer. The request stays in its box until then: a future has room for all that it
 /// starts with beside all that it becomes.
-async fn call<S, B, R>(mut exchange: Box<Exchange<S>>, policy: &Policy) -> Ran<R, S::Error>
+pub(crate) async fn call<S, B, R>(mut exchange: Box<Exchange<S>>, policy: &Policy) -> Ran<R, S::Error>
 where
     S: Service<Request<B>, Response = Response<R>>,
     B: RequestBody,
@@ -182,7 +182,7 @@ where
 }
 
 /// What the store is told, and what the caller gets.
-fn judge<R: Body, E>(
+pub(crate) fn judge<R: Body, E>(
     ran: thread::Result<Ran<R, E>>,
     policy: &Policy,
     marked: Option<&IdempotencyKey>,
@@ -241,7 +241,7 @@ pub(crate) async fn ready<S: Service<Q>, Q>(service: &mut S) -> Result<(), S::Er
 }
 
 /// A panic of the handler as a value, so that the store hears of it before it goes on.
-fn catch_panic<F: Future>(
+pub(crate) fn catch_panic<F: Future>(
     mut work: Pin<&mut F>,
 ) -> impl Future<Output = Result<F::Output, Box<dyn Any + Send>>> + Unpin {
     // Unwind safety: nothing looks at `work` after it panicked.

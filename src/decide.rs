@@ -54,7 +54,9 @@ pub(crate) fn decide(
         (Begin::Abandoned { lost, .. }, Comparison::Same) => match guarantee {
             #[cfg(seeded_bug)]
             Guarantee::AtMostOnce if crate::seeded::is("runs again what is unknown") => Decision::TakeOver(lost),
-            Guarantee::AtMostOnce => refuse(RejectionKind::OutcomeUnknown),
+            // A transaction that is lost leaves no record. This one was left by a handler that committed by itself, or
+            // by an attempt under another guarantee.
+            Guarantee::AtMostOnce | Guarantee::Transactional => refuse(RejectionKind::OutcomeUnknown),
             Guarantee::AtLeastOnce => Decision::TakeOver(lost),
         },
     }
@@ -122,7 +124,7 @@ mod tests {
     #[test]
     fn every_situation_has_one_decision() {
         use Comparison::{Different, Same, Unknown};
-        use Guarantee::{AtLeastOnce, AtMostOnce};
+        use Guarantee::{AtLeastOnce, AtMostOnce, Transactional};
         let wait = Concurrent::Wait(Duration::from_secs(1));
         let no = Concurrent::Refuse;
         for (state, comparison, guarantee, concurrent, expected) in [
@@ -147,6 +149,16 @@ mod tests {
             ("abandoned", Different, AtLeastOnce, no, "idempotency-key-reused"),
             ("abandoned", Different, AtMostOnce, no, "idempotency-key-reused"),
             ("abandoned", Unknown, AtLeastOnce, no, "record-from-newer-version"),
+            ("acquired", Same, Transactional, no, "run"),
+            ("kept", Same, Transactional, no, "replay"),
+            ("kept", Different, Transactional, no, "idempotency-key-reused"),
+            ("not kept", Same, Transactional, no, "response-not-kept"),
+            ("in progress", Same, Transactional, no, "request-in-progress"),
+            ("in progress", Same, Transactional, wait, "wait 7"),
+            ("in progress", Different, Transactional, wait, "idempotency-key-reused"),
+            ("abandoned", Same, Transactional, no, "outcome-unknown"),
+            ("abandoned", Same, Transactional, wait, "outcome-unknown"),
+            ("abandoned", Different, Transactional, no, "idempotency-key-reused"),
         ] {
             let decision = name(decide(find(state), comparison, guarantee, concurrent, None));
             assert_eq!(

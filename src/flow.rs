@@ -20,7 +20,7 @@ use crate::{
     guard::{Outcome, settle_later},
     identity::{Identity, identify},
     key::IdempotencyKey,
-    policy::Policy,
+    policy::{Guarantee, Policy},
     record::{Begin, Claim, Lease, Owner, RecordId},
     rejection::{Rejection, RejectionKind},
     shared::Shared,
@@ -95,7 +95,7 @@ fn claim(policy: &Policy, fingerprint: Fingerprint) -> Result<Claim, Rejection> 
 }
 
 /// What follows from what the store found.
-enum Next<R: Body> {
+pub(crate) enum Next<R: Body> {
     Reply(Response<ResponseBody<R>>),
     Run(Lease),
     RunUnprotected,
@@ -150,6 +150,10 @@ where
     R: Body,
 {
     async move {
+        #[cfg(feature = "postgres")]
+        if let Some(transactions) = exchange.shared.transactions() {
+            return Box::pin(crate::transactional::run(exchange, transactions)).await;
+        }
         loop {
             let begin = begin(&exchange.shared, &exchange.identity.id, &exchange.claim).await;
             match exchange.next(begin) {
@@ -168,7 +172,7 @@ where
 
 impl<S: Clone> Exchange<S> {
     /// decide → run | replay | refuse
-    fn next<R: Body>(&mut self, begin: Result<Begin, StoreError>) -> Next<R> {
+    pub(crate) fn next<R: Body>(&mut self, begin: Result<Begin, StoreError>) -> Next<R> {
         let begin = match begin {
             Ok(begin) => begin,
             Err(error) if self.may_run_without_store(&error) => return Next::RunUnprotected,
@@ -248,7 +252,10 @@ impl<S> Exchange<S> {
         if crate::seeded::is("runs without its store") {
             return true;
         }
-        self.shared.policy.run_without_store
+        let policy = &self.shared.policy;
+        policy.run_without_store
+            // It could not write anything.
+            && policy.guarantee != Guarantee::Transactional
             && matches!(error.kind(), StoreErrorKind::Unavailable | StoreErrorKind::Other)
     }
 }

@@ -57,6 +57,7 @@ fn code(kind: RejectionKind) -> u16 {
     const RESOURCE_EXHAUSTED: u16 = 8;
     const FAILED_PRECONDITION: u16 = 9;
     const ABORTED: u16 = 10;
+    const INTERNAL: u16 = 13;
     const UNAVAILABLE: u16 = 14;
     const DATA_LOSS: u16 = 15;
     match kind {
@@ -70,7 +71,7 @@ fn code(kind: RejectionKind) -> u16 {
         | RejectionKind::KeyReused => INVALID_ARGUMENT,
         RejectionKind::BodyTooLarge => RESOURCE_EXHAUSTED,
         // To be tried again, as a whole.
-        RejectionKind::InProgress => ABORTED,
+        RejectionKind::InProgress | RejectionKind::TransactionRolledBack => ABORTED,
         // Not to be tried again.
         RejectionKind::OutcomeUnknown | RejectionKind::FirstSentTooOld => FAILED_PRECONDITION,
         RejectionKind::ResponseNotKept | RejectionKind::DuplicateRequest => ALREADY_EXISTS,
@@ -78,6 +79,7 @@ fn code(kind: RejectionKind) -> u16 {
             UNAVAILABLE
         }
         RejectionKind::RecordUnreadable => DATA_LOSS,
+        RejectionKind::TransactionFailed | RejectionKind::TransactionMisused => INTERNAL,
     }
 }
 

@@ -44,6 +44,8 @@ mod sync;
 pub mod sync;
 #[cfg(feature = "testing")]
 pub mod testing;
+#[cfg(feature = "postgres")]
+mod transactional;
 mod wait;
 
 #[cfg(feature = "file")]
@@ -70,17 +72,27 @@ pub use self::{
     store::{AnyStore, MemoryStore, MemoryStoreBuilder, Store},
 };
 
+#[cfg(feature = "sqlx")]
+pub use self::store::SqlxTransaction;
 #[cfg(feature = "cached")]
 pub use self::store::{Cached, CachedBuilder};
-#[cfg(feature = "postgres")]
-pub use self::store::{PostgresStore, PostgresStoreBuilder, PostgresTable};
 #[cfg(feature = "redis")]
 pub use self::store::{RedisStore, RedisStoreBuilder};
+#[cfg(feature = "postgres")]
+pub use self::{
+    store::{PostgresStore, PostgresStoreBuilder, PostgresTable, PostgresTransaction},
+    transactional::MissingTransaction,
+};
 
 /// The examples of the page on providers compile.
 #[cfg(all(doctest, feature = "axum"))]
 #[doc = include_str!("../docs/providers.md")]
 struct ProvidersPage;
+
+/// The examples of the page on transactions compile.
+#[cfg(all(doctest, feature = "axum", feature = "postgres"))]
+#[doc = include_str!("../docs/transactions.md")]
+struct TransactionsPage;
 
 /// Rules for the characters of keys, to be given to [`IdempotencyLayer::key_rule`].
 pub mod key_rules {

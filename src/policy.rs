@@ -29,6 +29,11 @@ pub enum Guarantee {
     /// The next duplicate runs it again, with [`Attempt::number`](crate::Attempt::number) one higher. For handlers that
     /// are safe to repeat, for instance because they pass the key on to a service that is idempotent itself.
     AtLeastOnce,
+    /// Exactly once: the handler writes in a transaction of the layer's, in which its answer is kept, too, so that both
+    /// are committed or neither. A lost attempt was rolled back, and the next duplicate runs it. Only with a store that
+    /// has transactions (`PostgresStore`), and only for what the handler writes in this transaction: a call to another
+    /// service is not undone.
+    Transactional,
 }
 
 /// What a duplicate gets while the first request is still running.
@@ -148,6 +153,8 @@ pub(crate) struct Policy {
     pub(crate) max_request_body: usize,
     pub(crate) max_response_body: usize,
     pub(crate) store_when: StoreWhen,
+    /// Those with which the writes of a transaction are committed, of those that are kept.
+    pub(crate) commit_statuses: Statuses,
     pub(crate) stream_when: Arc<IsStream>,
     pub(crate) dropped_headers: Vec<HeaderName>,
     pub(crate) replay: Replay,
@@ -180,6 +187,7 @@ impl Default for Policy {
             max_request_body: 1 << 20,
             max_response_body: 1 << 20,
             store_when: StoreWhen::In(Statuses::default()),
+            commit_statuses: Statuses::all().without_class(4).without_class(5),
             stream_when: Arc::new(is_stream),
             dropped_headers: vec![header::SET_COOKIE, header::WWW_AUTHENTICATE, header::PROXY_AUTHENTICATE],
             replay: Replay::default(),
@@ -220,6 +228,7 @@ impl fmt::Debug for Policy {
             .field("max_request_body", &self.max_request_body)
             .field("max_response_body", &self.max_response_body)
             .field("store_when", &self.store_when)
+            .field("commit_statuses", &self.commit_statuses)
             .field("dropped_headers", &self.dropped_headers)
             .field("replay", &self.replay)
             .field("answer_headers", &names(&self.answer_headers))

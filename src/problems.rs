@@ -60,7 +60,8 @@
 //!
 //! ## store-unavailable
 //! **503.** The server cannot reach its records, so it does not know whether the request is a duplicate. It did not
-//! run. Send the request again after `Retry-After`.
+//! run; or, where `detail` says so, it is not known whether what it did was committed. Send the request again after
+//! `Retry-After`.
 //!
 //! ## store-full
 //! **503.** The server has no room for another key. The request did not run. Send it again after `Retry-After`.
@@ -71,3 +72,14 @@
 //! ## record-from-newer-version
 //! **503.** The record of the first request was written by a newer version of the server. This request did not run.
 //! Send it again after `Retry-After`: it may reach a server that can read it.
+//!
+//! ## transaction-rolled-back
+//! **503.** The request ran, but its transaction was rolled back: it was in conflict with another one, or the server's
+//! database could not be reached. Nothing of it happened. Send it again after `Retry-After`.
+//!
+//! ## transaction-failed
+//! **500.** The request ran, but what it wrote could not be committed. Nothing of it happened, and its key is free.
+//!
+//! ## transaction-misused
+//! **500.** The request ran, but its handler ended the transaction itself or did not give it back. This is a fault of
+//! the server's. What is known of the request's outcome is said to the next one with the same key.

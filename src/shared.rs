@@ -54,6 +54,23 @@ impl Shared {
         }
     }
 
+    /// Those that requests run in.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn transactions(&self) -> Option<Arc<dyn crate::transactional::Transactions>> {
+        match self.policy.guarantee {
+            crate::policy::Guarantee::Transactional => self.store.transactions(),
+            _ => None,
+        }
+    }
+
+    /// Whether the store can run handlers in transactions of its own.
+    pub(crate) fn has_transactions(&self) -> bool {
+        #[cfg(feature = "postgres")]
+        return self.store.transactions().is_some();
+        #[cfg(not(feature = "postgres"))]
+        false
+    }
+
     /// The same work under settings that may become others.
     pub(crate) fn without_routes(&self) -> Self {
         Self {

@@ -137,10 +137,20 @@ impl<S> Exchange<S> {
     }
 }
 
+/// Whatever tells of a change.
+fn hint(shared: &Shared, id: RecordId) -> Changed {
+    // The store does not see what has not been committed.
+    #[cfg(feature = "postgres")]
+    if let Some(transactions) = shared.transactions() {
+        return Box::pin(async move { transactions.over(&id).await });
+    }
+    let store = Arc::clone(&shared.store);
+    Box::pin(async move { store.changed(&id).await })
+}
+
 /// Listens for changes of the record, from now on.
 fn listen(shared: &Shared, id: RecordId) -> Changed {
-    let store = Arc::clone(&shared.store);
-    let mut changed: Changed = Box::pin(async move { store.changed(&id).await });
+    let mut changed = hint(shared, id);
     // The first poll registers; whoever waits polls again with a waker of its own.
     match changed.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Pending => changed,

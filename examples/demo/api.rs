@@ -12,13 +12,17 @@ use axum::{
 };
 use serde::Serialize;
 use serde_json::{Value, value::RawValue};
+#[cfg(feature = "postgres")]
+use tower_idempotency::Guarantee;
 use tower_idempotency::{Attempt, IdempotencyLayer};
 
+#[cfg(feature = "postgres")]
+use crate::bank;
 use crate::{
     faults::Faults,
     ledger::{Effect, Ledger},
     metrics,
-    providers::{PROVIDERS, Provider},
+    providers::{PROVIDERS, Provider, problem},
     store::Store,
 };
 
@@ -48,6 +52,16 @@ pub fn router(
             });
             router = router.route(route, operation.layer(layer.clone()));
         }
+    }
+    #[cfg(feature = "postgres")]
+    if ledger.bank().is_some() {
+        let mut layer = idempotency.clone().guarantee(Guarantee::Transactional).require_key();
+        if let Some(retention) = retention {
+            layer = layer.retention(retention);
+        }
+        router = router
+            .route("/transfers", post(bank::transfer).layer(layer))
+            .route("/accounts", get(bank::accounts));
     }
     router
         .route("/", get(async || Html(include_str!("page.html"))))
@@ -122,21 +136,21 @@ async fn create(
 }
 
 #[derive(Default, Serialize)]
-struct Answer {
+pub struct Answer {
     #[serde(skip_serializing_if = "Option::is_none")]
-    id: Option<String>,
+    pub id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    at: Option<String>,
+    pub at: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    attempt: Option<u64>,
+    pub attempt: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    detail: Option<String>,
+    pub detail: Option<String>,
     #[serde(skip_serializing_if = "String::is_empty")]
-    padding: String,
+    pub padding: String,
 }
 
 /// An answer that is at least `bytes` long.
-fn answer(status: StatusCode, mut answer: Answer, bytes: usize) -> Response {
+pub fn answer(status: StatusCode, mut answer: Answer, bytes: usize) -> Response {
     let length = serde_json::to_vec(&answer).map_or(0, |json| json.len());
     if length < bytes {
         answer.padding = "x".repeat(bytes - length);
@@ -165,7 +179,7 @@ fn parse(body: &[u8]) -> Result<Box<RawValue>, String> {
     Ok(request)
 }
 
-fn fresh_id(prefix: &str) -> Option<String> {
+pub fn fresh_id(prefix: &str) -> Option<String> {
     let mut bytes = [0; 12];
     getrandom::fill(&mut bytes).ok()?;
     let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -173,9 +187,16 @@ fn fresh_id(prefix: &str) -> Option<String> {
 }
 
 async fn show_ledger(State(app): State<App>) -> Response {
-    let effects = app.ledger.effects();
-    let effects: Vec<&Effect> = effects.iter().map(|effect| &**effect).collect();
-    Json(Shown { effects }).into_response()
+    match app.ledger.effects().await {
+        Ok(effects) => {
+            let effects: Vec<&Effect> = effects.iter().map(|effect| &**effect).collect();
+            Json(Shown { effects }).into_response()
+        }
+        Err(error) => {
+            let detail = format!("the ledger cannot be read: {error}");
+            problem(StatusCode::SERVICE_UNAVAILABLE, &detail)
+        }
+    }
 }
 
 #[derive(Serialize)]

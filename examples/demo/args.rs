@@ -15,14 +15,16 @@ Options:
                         (with the feature redis): redis://HOST, redis+cluster://HOST,HOST,
                         redis+sentinel://HOST,HOST/SERVICE; rediss encrypts (redis-tls); or a
                         table of a database such as postgres://app@127.0.0.1/shop (with the
-                        feature postgres)
+                        feature postgres), which then holds the ledger, too
                         [default: a file in your data directory]
   --retention DURATION  how long answers are kept on every route, such as 10s, 5m or 72h
                         [default: each route's own]
-  --ledger FILE         append each effect to FILE as a JSON line before it is answered
+  --ledger FILE         append each effect to FILE as a JSON line before it is answered (not transfers,
+                        which are not done before they are committed)
   -h, --help            print this help
 
 Routes: POST /payments and those of four providers; GET / (a page to play with), /ledger, /metrics.
+With a database: POST /transfers of {\"from\":1,\"to\":2,\"amount\":5} between ten accounts, exactly once; GET /accounts.
 
 Faults on demand, by request header:
   x-demo-delay-ms: N        wait N milliseconds before the effect

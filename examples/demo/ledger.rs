@@ -8,6 +8,8 @@ use std::{
     time::SystemTime,
 };
 
+#[cfg(feature = "postgres")]
+use crate::bank::Bank;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
@@ -32,6 +34,8 @@ impl Effect {
 pub struct Ledger {
     effects: Mutex<Vec<Arc<Effect>>>,
     file: Option<Mutex<File>>,
+    #[cfg(feature = "postgres")]
+    bank: Option<Bank>,
 }
 
 impl Ledger {
@@ -40,13 +44,31 @@ impl Ledger {
             .map(|path| OpenOptions::new().create(true).append(true).open(path))
             .transpose()?;
         Ok(Self {
-            effects: Mutex::default(),
             file: file.map(Mutex::new),
+            ..Self::default()
         })
     }
 
-    /// Records an effect; when this returns it is in the file, if there is one.
+    /// In a table, in place of memory.
+    #[cfg(feature = "postgres")]
+    pub fn in_bank(self, bank: Bank) -> Self {
+        Self {
+            bank: Some(bank),
+            ..self
+        }
+    }
+
+    #[cfg(feature = "postgres")]
+    pub fn bank(&self) -> Option<&Bank> {
+        self.bank.as_ref()
+    }
+
+    /// Records an effect; when this returns it is in the table and in the file, if there are such.
     pub async fn record(self: &Arc<Self>, effect: Effect) -> io::Result<()> {
+        #[cfg(feature = "postgres")]
+        if let Some(bank) = &self.bank {
+            bank.record(&effect).await.map_err(io::Error::other)?;
+        }
         let ledger = Arc::clone(self);
         let append = move || {
             if let Some(file) = &ledger.file {
@@ -65,13 +87,27 @@ impl Ledger {
         tokio::task::spawn_blocking(append).await?
     }
 
-    /// Newest first.
-    pub fn effects(&self) -> Vec<Arc<Effect>> {
+    /// Newest first; in a table, those of all nodes and all times.
+    pub async fn effects(&self) -> io::Result<Vec<Arc<Effect>>> {
+        #[cfg(feature = "postgres")]
+        if let Some(bank) = &self.bank {
+            let effects = bank.effects().await.map_err(io::Error::other)?;
+            return Ok(effects.into_iter().map(Arc::new).collect());
+        }
+        Ok(self.in_memory())
+    }
+
+    fn in_memory(&self) -> Vec<Arc<Effect>> {
         let effects = self.effects.lock().unwrap_or_else(PoisonError::into_inner);
         effects.iter().rev().cloned().collect()
     }
 
-    pub fn len(&self) -> usize {
-        self.effects.lock().unwrap_or_else(PoisonError::into_inner).len()
+    /// How many there are.
+    pub async fn count(&self) -> io::Result<u64> {
+        #[cfg(feature = "postgres")]
+        if let Some(bank) = &self.bank {
+            return bank.count().await.map(i64::cast_unsigned).map_err(io::Error::other);
+        }
+        Ok(self.effects.lock().unwrap_or_else(PoisonError::into_inner).len() as u64)
     }
 }

@@ -4,6 +4,8 @@
 
 mod api;
 mod args;
+#[cfg(feature = "postgres")]
+mod bank;
 mod faults;
 mod ledger;
 mod metrics;
@@ -59,7 +61,7 @@ async fn serve(args: Args) -> Result<(), String> {
         .await
         .map_err(|error| format!("cannot listen on {}: {error}", args.listen))?;
     let address = listener.local_addr().map_err(|error| error.to_string())?;
-    let store = Store::open(args.store).await?;
+    let (store, ledger) = Store::open(args.store, ledger).await?;
     if let Store::File { path, .. } = &store {
         eprintln!("demo: records are kept in {}", path.display());
     }

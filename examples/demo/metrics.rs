@@ -50,14 +50,10 @@ pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
         metric(&mut text, records, "Records held by the store.", "gauge", store.records);
         metric(&mut text, bytes, "Bytes that the records take.", "gauge", store.bytes);
     }
-    let effects = app.ledger.len() as u64;
-    metric(
-        &mut text,
-        "demo_effects_total",
-        "Effects in the ledger.",
-        "counter",
-        effects,
-    );
+    if let Ok(effects) = app.ledger.count().await {
+        let (name, help) = ("demo_effects_total", "Effects in the ledger.");
+        metric(&mut text, name, help, "counter", effects);
+    }
     (
         [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
         text,

@@ -4,7 +4,7 @@ use std::{env, fs, path::PathBuf};
 
 use tower_idempotency::{AnyStore, FileStore, FileStoreErrorKind, MemoryStore};
 
-use crate::args;
+use crate::{args, ledger::Ledger};
 
 #[derive(Clone)]
 pub enum Store {
@@ -25,19 +25,24 @@ pub struct Size {
 }
 
 impl Store {
-    pub async fn open(choice: args::Store) -> Result<Self, String> {
-        match choice {
+    /// And the ledger, which is a table where the records are in one.
+    pub async fn open(choice: args::Store, ledger: Ledger) -> Result<(Self, Ledger), String> {
+        #[cfg(feature = "postgres")]
+        if let args::Store::Postgres(url) = &choice {
+            let builder = tower_idempotency::PostgresStore::builder().create_table(true);
+            let store = Self::server(builder.connect(url).await)?;
+            return Ok((store, ledger.in_bank(crate::bank::Bank::open(url).await?)));
+        }
+        let store = match choice {
             args::Store::Memory => Ok(Self::Memory(MemoryStore::new())),
             args::Store::File(path) => Self::file(path).await,
             args::Store::Default => Self::anywhere().await,
             #[cfg(feature = "redis")]
             args::Store::Redis(url) => Self::server(tower_idempotency::RedisStore::connect(&url).await),
             #[cfg(feature = "postgres")]
-            args::Store::Postgres(url) => {
-                let builder = tower_idempotency::PostgresStore::builder().create_table(true);
-                Self::server(builder.connect(&url).await)
-            }
-        }
+            args::Store::Postgres(_) => Err("the database is opened above".to_owned()),
+        }?;
+        Ok((store, ledger))
     }
 
     #[cfg(any(feature = "redis", feature = "postgres"))]

@@ -58,6 +58,16 @@ impl IdempotencyLayer {
         self.set(|policy| policy.store_when = StoreWhen::In(executed.clone()))
     }
 
+    /// Under [`Guarantee::Transactional`](crate::Guarantee::Transactional): the statuses with which what the handler
+    /// wrote is committed. With another one that is kept, its writes are rolled back and its answer alone is committed,
+    /// so that a declined transfer is declined once and leaves nothing behind. What is not kept is rolled back as a
+    /// whole. A gRPC call that fails without a message counts as the HTTP status of its code. Default: all but 4xx and
+    /// 5xx.
+    #[must_use]
+    pub fn commit_statuses(self, committed: Statuses) -> Self {
+        self.set(|policy| policy.commit_statuses = committed.clone())
+    }
+
     /// The most bytes of an answer's body that are kept. A larger one streams through; its duplicates are told that the
     /// operation is done but its answer was not kept (409), and never run. Default: 1 MiB.
     #[must_use]

@@ -10,8 +10,15 @@ impl IdempotencyLayer {
     ///
     /// Under [`Guarantee::AtLeastOnce`] a key is not free for another request once an attempt was lost, even if the
     /// next attempt says that it did not execute: the lost one may have had its effect. The same request runs again.
+    ///
+    /// # Panics
+    /// If it is [`Guarantee::Transactional`] and the store has no transactions. It would be another guarantee, silently.
     #[must_use]
     pub fn guarantee(self, guarantee: Guarantee) -> Self {
+        assert!(
+            guarantee != Guarantee::Transactional || self.shared.has_transactions(),
+            "Guarantee::Transactional needs a store that has transactions, such as PostgresStore"
+        );
         self.set(|policy| policy.guarantee = guarantee)
     }
 
@@ -49,8 +56,8 @@ impl IdempotencyLayer {
     }
 
     /// **Dangerous.** Runs requests without protection while the store cannot be reached: duplicates run too. They are
-    /// counted in [`Counters::unprotected`](crate::Counters::unprotected). Default: such requests are refused (503) and
-    /// do not run.
+    /// counted in [`Counters::unprotected`](crate::Counters::unprotected). Not under [`Guarantee::Transactional`], where
+    /// there is nothing to write to without the store. Default: such requests are refused (503) and do not run.
     #[must_use]
     pub fn dangerously_run_without_store(self) -> Self {
         self.set(|policy| policy.run_without_store = true)

@@ -32,13 +32,14 @@ impl Profile {
                 .rejection_status(RejectionKind::KeyReused, StatusCode::BAD_REQUEST);
             RejectionKind::ALL.iter().fold(layer, |layer, kind| {
                 let status = match kind {
-                    RejectionKind::InProgress => "ABORTED",
+                    RejectionKind::InProgress | RejectionKind::TransactionRolledBack => "ABORTED",
                     RejectionKind::OutcomeUnknown | RejectionKind::FirstSentTooOld => "FAILED_PRECONDITION",
                     RejectionKind::ResponseNotKept | RejectionKind::DuplicateRequest => "ALREADY_EXISTS",
                     RejectionKind::StoreUnavailable
                     | RejectionKind::StoreFull
                     | RejectionKind::RecordFromNewerVersion => "UNAVAILABLE",
                     RejectionKind::RecordUnreadable => "DATA_LOSS",
+                    RejectionKind::TransactionFailed | RejectionKind::TransactionMisused => "INTERNAL",
                     RejectionKind::BodyTooLarge => "RESOURCE_EXHAUSTED",
                     _ => "INVALID_ARGUMENT",
                 };

@@ -44,6 +44,9 @@ impl Profile {
                 .rejection_format_of(RejectionKind::StoreFull, errors("SERVICE_UNAVAILABLE"))
                 .rejection_format_of(RejectionKind::RecordFromNewerVersion, errors("SERVICE_UNAVAILABLE"))
                 .rejection_format_of(RejectionKind::RecordUnreadable, errors("INTERNAL_SERVER_ERROR"))
+                .rejection_format_of(RejectionKind::TransactionRolledBack, errors("SERVICE_UNAVAILABLE"))
+                .rejection_format_of(RejectionKind::TransactionFailed, errors("INTERNAL_SERVER_ERROR"))
+                .rejection_format_of(RejectionKind::TransactionMisused, errors("INTERNAL_SERVER_ERROR"))
         })
     }
 }

@@ -42,6 +42,9 @@ impl Profile {
                 RejectionKind::StoreFull,
                 RejectionKind::RecordUnreadable,
                 RejectionKind::RecordFromNewerVersion,
+                RejectionKind::TransactionRolledBack,
+                RejectionKind::TransactionFailed,
+                RejectionKind::TransactionMisused,
             ];
             ours.into_iter().fold(layer, |layer, kind| {
                 layer.rejection_format_of(kind, RejectionFormat::json(OURS))

@@ -44,6 +44,14 @@ pub enum RejectionKind {
     RecordUnreadable,
     /// The stored record was written by a newer version of the software.
     RecordFromNewerVersion,
+    /// The handler's transaction was rolled back, by a conflict with another one or because the connection was lost
+    /// ([`Guarantee::Transactional`](crate::Guarantee::Transactional)). Nothing happened.
+    TransactionRolledBack,
+    /// The handler's transaction cannot be committed: a statement failed in it, or a deferred constraint does not hold.
+    /// Nothing happened.
+    TransactionFailed,
+    /// The handler ended its transaction itself, or kept it beyond its answer.
+    TransactionMisused,
 }
 
 impl RejectionKind {
@@ -67,6 +75,9 @@ impl RejectionKind {
         Self::StoreFull,
         Self::RecordUnreadable,
         Self::RecordFromNewerVersion,
+        Self::TransactionRolledBack,
+        Self::TransactionFailed,
+        Self::TransactionMisused,
     ];
 
     /// The last part of the problem's `type` URI.
@@ -157,6 +168,21 @@ impl RejectionKind {
                 S::SERVICE_UNAVAILABLE,
                 "The record of the first request was written by a newer version",
             ),
+            Self::TransactionRolledBack => (
+                "transaction-rolled-back",
+                S::SERVICE_UNAVAILABLE,
+                "The request's transaction was rolled back",
+            ),
+            Self::TransactionFailed => (
+                "transaction-failed",
+                S::INTERNAL_SERVER_ERROR,
+                "The request's transaction could not be committed",
+            ),
+            Self::TransactionMisused => (
+                "transaction-misused",
+                S::INTERNAL_SERVER_ERROR,
+                "The request's handler did not leave its transaction to the server",
+            ),
         }
     }
 
@@ -164,7 +190,11 @@ impl RejectionKind {
     pub(super) fn passes_with_time(self) -> bool {
         matches!(
             self,
-            Self::InProgress | Self::StoreUnavailable | Self::StoreFull | Self::RecordFromNewerVersion
+            Self::InProgress
+                | Self::StoreUnavailable
+                | Self::StoreFull
+                | Self::RecordFromNewerVersion
+                | Self::TransactionRolledBack
         )
     }
 }
@@ -180,9 +210,6 @@ mod tests {
         let slugs: HashSet<_> = RejectionKind::ALL.iter().map(|kind| kind.slug()).collect();
         assert_eq!(slugs.len(), RejectionKind::ALL.len());
         // The last of the enum's kinds; a new one has to be listed, too.
-        assert_eq!(
-            RejectionKind::RecordFromNewerVersion as usize + 1,
-            RejectionKind::ALL.len()
-        );
+        assert_eq!(RejectionKind::TransactionMisused as usize + 1, RejectionKind::ALL.len());
     }
 }

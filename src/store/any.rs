@@ -11,6 +11,8 @@ use std::{
 };
 
 use super::{MemoryStore, Store};
+#[cfg(feature = "postgres")]
+use crate::transactional::Transactions;
 use crate::{
     codec::StoredResponse,
     error::StoreError,
@@ -56,41 +58,55 @@ pub(crate) trait DynStore: Send + Sync {
     fn release<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()>;
     fn abandon<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()>;
     fn changed<'a>(&'a self, id: &'a RecordId) -> Boxed<'a, ()>;
+    /// Those that handlers can run in, if it has any.
+    #[cfg(feature = "postgres")]
+    fn transactions(&self) -> Option<Arc<dyn Transactions>> {
+        None
+    }
 }
 
 /// Any store, its futures boxed; but not what it says at once.
-struct Erased<S>(S);
+struct Erased<S> {
+    store: S,
+    #[cfg(feature = "postgres")]
+    transactions: Option<Arc<dyn Transactions>>,
+}
 
 impl<S: Store> DynStore for Erased<S> {
     fn begin<'a>(&'a self, id: &'a RecordId, claim: &'a Claim) -> Call<'a, Begin> {
-        match self.0.begin_at_once(id, claim) {
+        match self.store.begin_at_once(id, claim) {
             Some(result) => Call::answered(result),
-            None => Call::pending(self.0.begin(id, claim)),
+            None => Call::pending(self.store.begin(id, claim)),
         }
     }
 
     fn begin_at_once(&self, id: &RecordId, claim: &Claim) -> Option<Result<Begin, StoreError>> {
-        self.0.begin_at_once(id, claim)
+        self.store.begin_at_once(id, claim)
     }
 
     fn complete<'a>(&'a self, lease: &'a Lease, response: &'a StoredResponse, retention: Retention) -> Call<'a, ()> {
-        Call::pending(self.0.complete(lease, response, retention))
+        Call::pending(self.store.complete(lease, response, retention))
     }
 
     fn renew<'a>(&'a self, lease: &'a Lease, length: Duration) -> Call<'a, ()> {
-        Call::pending(self.0.renew(lease, length))
+        Call::pending(self.store.renew(lease, length))
     }
 
     fn release<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()> {
-        Call::pending(self.0.release(lease))
+        Call::pending(self.store.release(lease))
     }
 
     fn abandon<'a>(&'a self, lease: &'a Lease) -> Call<'a, ()> {
-        Call::pending(self.0.abandon(lease))
+        Call::pending(self.store.abandon(lease))
     }
 
     fn changed<'a>(&'a self, id: &'a RecordId) -> Boxed<'a, ()> {
-        Box::pin(self.0.changed(id))
+        Box::pin(self.store.changed(id))
+    }
+
+    #[cfg(feature = "postgres")]
+    fn transactions(&self) -> Option<Arc<dyn Transactions>> {
+        self.transactions.clone()
     }
 }
 
@@ -147,7 +163,13 @@ impl AnyStore {
         if let Some(already) = any.downcast_ref::<Self>() {
             return already.clone();
         }
-        Self(Arc::new(Erased(store)))
+        #[cfg(feature = "postgres")]
+        let transactions = any.downcast_ref().map(super::PostgresStore::transactions);
+        Self(Arc::new(Erased {
+            store,
+            #[cfg(feature = "postgres")]
+            transactions,
+        }))
     }
 
     pub(crate) fn into_inner(self) -> Arc<dyn DynStore> {

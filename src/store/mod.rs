@@ -20,8 +20,10 @@ pub use self::cached::{Cached, CachedBuilder};
 pub use self::file::{Clock, MachineStart, Medium};
 #[cfg(feature = "file")]
 pub use self::file::{FileRecord, FileRecordState, FileStore, FileStoreBuilder, FileStoreError, FileStoreErrorKind};
+#[cfg(feature = "sqlx")]
+pub use self::postgres::SqlxTransaction;
 #[cfg(feature = "postgres")]
-pub use self::postgres::{PostgresStore, PostgresStoreBuilder, PostgresTable};
+pub use self::postgres::{PostgresStore, PostgresStoreBuilder, PostgresTable, PostgresTransaction};
 #[cfg(feature = "redis")]
 pub use self::redis::{RedisStore, RedisStoreBuilder};
 pub use self::{

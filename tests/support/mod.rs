@@ -3,7 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod app;
+#[cfg(feature = "sqlx")]
+pub mod bank;
 pub mod browser;
+#[cfg(feature = "sqlx")]
+pub mod commit_proxy;
 pub mod demo;
 pub mod dice;
 pub mod faulty;

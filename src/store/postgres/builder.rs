@@ -166,6 +166,6 @@ impl PostgresStoreBuilder {
         if let Some(every) = self.purge_every {
             tokio::spawn(purge::repeat(Arc::downgrade(&inner), every));
         }
-        Ok(PostgresStore { inner })
+        Ok(PostgresStore::new(inner))
     }
 }

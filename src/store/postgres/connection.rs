@@ -30,6 +30,16 @@ impl Connections {
         }
     }
 
+    /// Whether statements may be prepared.
+    pub(super) fn is_prepared(&self) -> bool {
+        self.prepared
+    }
+
+    /// How long one step may take.
+    pub(super) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
     pub(super) fn pool(&self) -> &Pool {
         &self.pool
     }

@@ -9,6 +9,7 @@ pub(crate) mod record;
 mod server;
 pub(crate) mod statements;
 mod table;
+mod transaction;
 mod waiters;
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -16,7 +17,9 @@ use std::{fmt, sync::Arc, time::Duration};
 use tokio::time::Instant;
 use tokio_postgres::types::Type;
 
-pub use self::{builder::PostgresStoreBuilder, table::PostgresTable};
+#[cfg(feature = "sqlx")]
+pub use self::transaction::SqlxTransaction;
+pub use self::{builder::PostgresStoreBuilder, table::PostgresTable, transaction::PostgresTransaction};
 use self::{
     connection::{Connections, Value},
     hints::Hints,
@@ -29,6 +32,7 @@ use crate::{
     codec::StoredResponse,
     error::{StoreError, StoreErrorKind},
     record::{Begin, Claim, Lease, RecordId, Retention},
+    transactional::Transactions,
 };
 
 /// Keeps records in a table of a PostgreSQL server (13 or newer) that many nodes share. Clones share the pool.
@@ -53,6 +57,8 @@ use crate::{
 #[derive(Clone)]
 pub struct PostgresStore {
     inner: Arc<Inner>,
+    /// Those that handlers run in.
+    transactions: Arc<dyn Transactions>,
 }
 
 struct Inner {

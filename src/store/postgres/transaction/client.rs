@@ -1,0 +1,276 @@
+//! Transactions on connections of the store's pool, for handlers that work with tokio-postgres or deadpool.
+
+use std::{
+    fmt,
+    future::{Future, poll_fn},
+    ops::Deref,
+    pin::Pin,
+    sync::Arc,
+    task::Poll,
+};
+
+use deadpool_postgres::{Client, Object, Pool};
+use http::Extensions;
+use tokio_postgres::{Error, Row, types::ToSql};
+
+use super::{
+    Connection, Looked, Source,
+    say::{Failure, Say},
+    statements::SAVEPOINT,
+};
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    store::postgres::{failure, record},
+    transactional::{Lent, Missing, MissingTransaction, Slot},
+};
+
+/// A pool, and how its connections are spoken to.
+pub(in super::super) struct ClientSource {
+    pub(in super::super) pool: Pool,
+    /// Whether statements may be prepared.
+    pub(in super::super) prepared: bool,
+}
+
+/// A connection in a transaction. It goes back to its pool only when the transaction is known to be over; dropped
+/// before, it is closed, and the server rolls back.
+pub(in super::super) struct Open {
+    client: Option<Object>,
+    prepared: bool,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        if let Some(client) = self.client.take() {
+            drop(Object::take(client));
+        }
+    }
+}
+
+impl Source for ClientSource {
+    type Connection = Open;
+
+    async fn begin(
+        &self,
+        claims: Vec<Say>,
+        looks: Vec<Say>,
+        later: &[&Arc<str>],
+    ) -> Result<(Open, Vec<Looked>), Failure> {
+        let open = self.open().await?;
+        // Before the transaction: in one that has failed nothing can be prepared any more.
+        for sql in later {
+            open.prepare(sql).await?;
+        }
+        let flight: Vec<_> = [Say::Plain("BEGIN")]
+            .into_iter()
+            .chain(claims)
+            .chain(looks)
+            .chain([Say::Plain(SAVEPOINT)])
+            .collect();
+        let rows = open.say(&flight).await?;
+        let looked = rows.iter().flatten().map(Looked::read).collect::<Result<_, _>>()?;
+        Ok((open, looked))
+    }
+
+    async fn wait_and_look(&self, wait: Say, look: Say) -> Result<Looked, Failure> {
+        let open = self.open().await?;
+        let flight = [Say::Plain("BEGIN"), wait, look, Say::Plain("ROLLBACK")];
+        let rows = open.say(&flight).await?;
+        open.give_back();
+        let looked = rows.iter().flatten().nth(1).ok_or_else(no_row)?;
+        Ok(Looked::read(looked)?)
+    }
+}
+
+impl ClientSource {
+    async fn open(&self) -> Result<Open, Failure> {
+        let client = self.pool.get().await.map_err(failure::of_pool)?;
+        Ok(Open {
+            client: Some(client),
+            prepared: self.prepared,
+        })
+    }
+}
+
+impl Connection for Open {
+    async fn ask(&mut self, flight: Vec<Say>) -> Result<Vec<bool>, Failure> {
+        let rows = self.say(&flight).await?;
+        let asked = flight.iter().zip(rows).filter(|(say, _)| matches!(say, Say::Ask(..)));
+        Ok(asked.map(|(_, row)| row.is_some()).collect())
+    }
+
+    async fn commit(self, mut flight: Vec<Say>) -> Result<(), Failure> {
+        flight.push(Say::Plain("COMMIT"));
+        self.end(flight).await
+    }
+
+    async fn roll_back(self, check: Option<Say>) -> Result<(), Failure> {
+        let flight = check.into_iter().chain([Say::Plain("ROLLBACK")]).collect();
+        self.end(flight).await
+    }
+
+    fn lend(slot: &Slot<Self>, extensions: &mut Extensions) {
+        extensions.insert(ClientSlot(slot.clone()));
+    }
+}
+
+impl Open {
+    async fn end(self, flight: Vec<Say>) -> Result<(), Failure> {
+        let answers = self.answers(&flight).await?;
+        // Whatever failed before: when the last statement was answered there is no transaction any more.
+        if matches!(answers.last(), Some(Ok(_))) {
+            self.give_back();
+        }
+        first_failure(answers).map(drop)
+    }
+
+    fn give_back(mut self) {
+        drop(self.client.take());
+    }
+
+    fn client(&self) -> Result<&Object, Failure> {
+        self.client
+            .as_ref()
+            .ok_or_else(|| StoreError::new(StoreErrorKind::Unavailable).into())
+    }
+
+    async fn prepare(&self, sql: &str) -> Result<(), Failure> {
+        if self.prepared {
+            self.client()?.prepare_cached(sql).await?;
+        }
+        Ok(())
+    }
+
+    /// Sends all of it, then awaits all the answers: the rows, or the first failure.
+    async fn say(&self, flight: &[Say]) -> Result<Vec<Option<Row>>, Failure> {
+        first_failure(self.answers(flight).await?)
+    }
+
+    /// Fails only before anything was sent.
+    async fn answers(&self, flight: &[Say]) -> Result<Vec<Answer>, Failure> {
+        let client = self.client()?;
+        let mut calls: Vec<Answering<'_>> = Vec::with_capacity(flight.len());
+        for say in flight {
+            match say {
+                Say::Plain(sql) => calls.push(Box::pin(async { client.batch_execute(sql).await.map(|()| None) })),
+                Say::Ask(sql, values) if self.prepared => {
+                    let statement = client.prepare_cached(sql).await?;
+                    let values: Vec<_> = values.iter().map(|value| value as &(dyn ToSql + Sync)).collect();
+                    calls.push(Box::pin(async move { client.query_opt(&statement, &values).await }));
+                }
+                Say::Ask(sql, values) => {
+                    let values: Vec<_> = values
+                        .iter()
+                        .map(|value| (value as &(dyn ToSql + Sync), value.kind()))
+                        .collect();
+                    calls.push(Box::pin(async move { client.query_typed_opt(sql, &values).await }));
+                }
+            }
+        }
+        Ok(in_one_flight(calls).await)
+    }
+}
+
+type Answer = Result<Option<Row>, Error>;
+type Answering<'a> = Pin<Box<dyn Future<Output = Answer> + Send + 'a>>;
+
+fn first_failure(answers: Vec<Answer>) -> Result<Vec<Option<Row>>, Failure> {
+    Ok(answers.into_iter().collect::<Result<_, _>>()?)
+}
+
+/// Each call is sent when it is first polled: in this order, and before any answer is awaited.
+async fn in_one_flight(mut calls: Vec<Answering<'_>>) -> Vec<Answer> {
+    let mut answers: Vec<_> = calls.iter().map(|_| None).collect();
+    poll_fn(|cx| {
+        let mut all = true;
+        for (call, answer) in calls.iter_mut().zip(&mut answers) {
+            if answer.is_none() {
+                match call.as_mut().poll(cx) {
+                    Poll::Ready(ready) => *answer = Some(ready),
+                    Poll::Pending => all = false,
+                }
+            }
+        }
+        if all { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+    answers.into_iter().flatten().collect()
+}
+
+impl Looked {
+    fn read(row: &Row) -> Result<Self, StoreError> {
+        let read = || Ok::<_, Error>((row.try_get("held")?, row.try_get::<_, Option<bool>>("claimed")?));
+        let (held, claimed) = read().map_err(failure::classify)?;
+        Ok(Self {
+            held,
+            claimed: claimed == Some(true),
+            row: claimed.map(|_| record::Row::read(row)).transpose()?,
+        })
+    }
+}
+
+pub(super) fn no_row() -> Failure {
+    StoreError::new(StoreErrorKind::Other).into()
+}
+
+// ---- what handlers see
+
+/// The open transaction among the extensions of its request.
+#[derive(Clone)]
+struct ClientSlot(Slot<Open>);
+
+/// The transaction of a request under [`Guarantee::Transactional`](crate::Guarantee::Transactional): a client of
+/// tokio-postgres, with deadpool's `prepare_cached`, and an extractor for axum handlers.
+///
+/// What is written through it is committed together with the answer, or not at all. The layer does that when the handler
+/// has answered, so a handler neither commits nor rolls back; nested `SAVEPOINT`s are its own affair. One at a time has
+/// it, and by then it has to be given back, by being dropped.
+///
+/// ```
+/// # use axum::http::StatusCode;
+/// # use tower_idempotency::PostgresTransaction;
+/// async fn pay(transaction: PostgresTransaction) -> Result<StatusCode, StatusCode> {
+///     transaction
+///         .execute("UPDATE accounts SET balance = balance - 100 WHERE id = 7", &[])
+///         .await
+///         .map_err(|_| StatusCode::SERVICE_UNAVAILABLE)?;
+///     Ok(StatusCode::CREATED)
+/// }
+/// ```
+pub struct PostgresTransaction(Lent<Open, Object>);
+
+impl PostgresTransaction {
+    /// For handlers that are not axum's: from the extensions of their request.
+    ///
+    /// # Errors
+    /// If the request runs in no transaction, somebody else has it, or it is over.
+    pub fn from_extensions(extensions: &Extensions) -> Result<Self, MissingTransaction> {
+        match extensions.get::<ClientSlot>() {
+            Some(slot) => slot.0.lend(|open| open.client.as_mut()).map(Self),
+            #[cfg(feature = "sqlx")]
+            None if super::sqlx::is_in(extensions) => Err(MissingTransaction(Missing::Other("SqlxTransaction"))),
+            None => Err(MissingTransaction(Missing::None)),
+        }
+    }
+}
+
+#[cfg(feature = "sqlx")]
+pub(super) fn is_in(extensions: &Extensions) -> bool {
+    extensions.get::<ClientSlot>().is_some()
+}
+
+impl Deref for PostgresTransaction {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.0
+    }
+}
+
+impl fmt::Debug for PostgresTransaction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PostgresTransaction(..)")
+    }
+}
+
+#[cfg(feature = "axum")]
+super::extractor!(PostgresTransaction);

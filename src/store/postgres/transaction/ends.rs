@@ -1,0 +1,87 @@
+//! Those of this process who wait for a transaction to be over.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::Notify;
+
+use crate::record::RecordId;
+
+type Listened = HashMap<RecordId, (Arc<Notify>, usize)>;
+
+#[derive(Debug, Default)]
+pub(crate) struct Ends {
+    /// With the number of listeners; the entry goes with the last one.
+    listened: Mutex<Listened>,
+}
+
+impl Ends {
+    fn lock(&self) -> MutexGuard<'_, Listened> {
+        self.listened.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Until a transaction that claimed this record is over, from the first poll on.
+    pub(super) async fn over(&self, id: RecordId) {
+        let notify = {
+            let mut listened = self.lock();
+            let (notify, count) = listened.entry(id).or_default();
+            *count += 1;
+            Arc::clone(notify)
+        };
+        let _listening = Listening { ends: self, id };
+        notify.notified().await;
+    }
+}
+
+struct Listening<'a> {
+    ends: &'a Ends,
+    id: RecordId,
+}
+
+impl Drop for Listening<'_> {
+    fn drop(&mut self) {
+        let mut listened = self.ends.lock();
+        if let Some((_, count)) = listened.get_mut(&self.id) {
+            *count -= 1;
+            if *count == 0 {
+                listened.remove(&self.id);
+            }
+        }
+    }
+}
+
+/// Wakes those who wait for a transaction, when it is dropped.
+#[derive(Debug)]
+pub(super) struct Waking {
+    ends: Arc<Ends>,
+    id: RecordId,
+    committed: bool,
+}
+
+impl Waking {
+    pub(super) fn of(ends: &Arc<Ends>, id: RecordId) -> Self {
+        Self {
+            ends: Arc::clone(ends),
+            id,
+            committed: false,
+        }
+    }
+
+    pub(super) fn committed(&mut self) {
+        self.committed = true;
+    }
+}
+
+impl Drop for Waking {
+    fn drop(&mut self) {
+        let notify = self.ends.lock().get(&self.id).map(|(notify, _)| Arc::clone(notify));
+        match notify {
+            None => {}
+            Some(notify) if self.committed => notify.notify_waiters(),
+            // The first of them claims the record, and the others would only find it claimed.
+            Some(notify) => notify.notify_one(),
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! Claims in a transaction that the handler works in, whichever client it works with.
+
+mod client;
+mod ends;
+mod open;
+mod say;
+#[cfg(feature = "sqlx")]
+mod sqlx;
+mod statements;
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use http::Extensions;
+
+use self::client::ClientSource;
+pub use self::client::PostgresTransaction;
+#[cfg(feature = "sqlx")]
+use self::sqlx::SqlxSource;
+#[cfg(feature = "sqlx")]
+pub use self::sqlx::SqlxTransaction;
+use self::{
+    ends::{Ends, Waking},
+    open::Open,
+    say::{Failure, Say, Value},
+    statements::{TransactionStatements, held, locks},
+};
+use super::{
+    Inner, PostgresStore,
+    record::{self, Row},
+    statements::retention_micros,
+};
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    fingerprint::Fingerprint,
+    record::{Claim, Lease, RecordId},
+    transactional::{Boxed, Found, Opened, Slot, Transactions},
+};
+
+/// An extractor of axum's, and of an `Option` of it.
+#[cfg(feature = "axum")]
+macro_rules! extractor {
+    ($transaction:ident) => {
+        impl<S: Send + Sync> axum::extract::FromRequestParts<S> for $transaction {
+            type Rejection = MissingTransaction;
+
+            async fn from_request_parts(
+                parts: &mut axum::http::request::Parts,
+                _: &S,
+            ) -> Result<Self, MissingTransaction> {
+                Self::from_extensions(&parts.extensions)
+            }
+        }
+
+        impl<S: Send + Sync> axum::extract::OptionalFromRequestParts<S> for $transaction {
+            type Rejection = MissingTransaction;
+
+            /// `None` only where the request runs in no transaction.
+            async fn from_request_parts(
+                parts: &mut axum::http::request::Parts,
+                _: &S,
+            ) -> Result<Option<Self>, MissingTransaction> {
+                match Self::from_extensions(&parts.extensions) {
+                    Ok(transaction) => Ok(Some(transaction)),
+                    Err(MissingTransaction(Missing::None)) => Ok(None),
+                    Err(missing) => Err(missing),
+                }
+            }
+        }
+    };
+}
+#[cfg(feature = "axum")]
+use extractor;
+
+/// Where connections come from.
+pub(super) trait Source: Send + Sync + 'static {
+    type Connection: Connection;
+
+    /// Begins, claims, looks, and sets the savepoint. What is said `later` may be prepared.
+    fn begin(
+        &self,
+        claims: Vec<Say>,
+        looks: Vec<Say>,
+        later: &[&Arc<str>],
+    ) -> impl Future<Output = Result<(Self::Connection, Vec<Looked>), Failure>> + Send;
+
+    /// Waits and looks, in a transaction of its own that ends with that.
+    fn wait_and_look(&self, wait: Say, look: Say) -> impl Future<Output = Result<Looked, Failure>> + Send;
+}
+
+/// A connection in a transaction. Dropped, it rolls back.
+pub(super) trait Connection: Send + Sized + 'static {
+    /// One flight; whether each question was answered with a row.
+    fn ask(&mut self, flight: Vec<Say>) -> impl Future<Output = Result<Vec<bool>, Failure>> + Send;
+
+    /// All of this and then commits, or nothing of it.
+    fn commit(self, flight: Vec<Say>) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// Asks this, if anything, and rolls back.
+    fn roll_back(self, check: Option<Say>) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    fn lend(slot: &Slot<Self>, extensions: &mut Extensions);
+}
+
+/// What a look showed.
+#[derive(Debug)]
+pub(super) struct Looked {
+    held: i32,
+    claimed: bool,
+    row: Option<Row>,
+}
+
+impl PostgresStore {
+    /// With transactions on connections of its own pool.
+    pub(super) fn new(inner: Arc<Inner>) -> Self {
+        let source = ClientSource {
+            pool: inner.connections.pool().clone(),
+            prepared: inner.connections.is_prepared(),
+        };
+        let transactions = transactions(source, &inner);
+        Self { inner, transactions }
+    }
+
+    /// Takes transactions ([`Guarantee::Transactional`](crate::Guarantee::Transactional)) from this pool, which has to
+    /// lead to the same database: for handlers that work with sqlx, by [`SqlxTransaction`]. All else, such as records of
+    /// routes under another guarantee, is still done on connections of the store's own. Default: transactions are the
+    /// store's own, too, by [`PostgresTransaction`].
+    ///
+    /// How long a request waits for a connection is the pool's `acquire_timeout`, within the layer's
+    /// [`store_timeout`](crate::IdempotencyLayer::store_timeout).
+    #[cfg(feature = "sqlx")]
+    #[must_use]
+    pub fn with_sqlx(self, pool: ::sqlx::PgPool) -> Self {
+        let transactions = transactions(SqlxSource { pool }, &self.inner);
+        Self { transactions, ..self }
+    }
+
+    pub(crate) fn transactions(&self) -> Arc<dyn Transactions> {
+        Arc::clone(&self.transactions)
+    }
+}
+
+/// The transactions of one table, on one pool.
+struct TableTransactions<S> {
+    source: S,
+    /// In a statement.
+    table: String,
+    statements: Arc<TransactionStatements>,
+    lock_timeout: Duration,
+    ends: Arc<Ends>,
+}
+
+/// A claim waits as long as the store does for those who hold none of its locks, such as a migration, and so does a look
+/// for a transaction to be over.
+fn transactions(source: impl Source, store: &Inner) -> Arc<dyn Transactions> {
+    Arc::new(TableTransactions {
+        source,
+        table: store.table.quoted(),
+        statements: Arc::new(TransactionStatements::new(&store.table, &store.statements)),
+        lock_timeout: store.connections.timeout(),
+        ends: Arc::default(),
+    })
+}
+
+/// How often a claim that found nothing, and could not be had either, is made again.
+const TRIES: usize = 3;
+
+impl<S: Source> Transactions for TableTransactions<S> {
+    fn begin<'a>(
+        &'a self,
+        id: &'a RecordId,
+        claim: &'a Claim,
+        others: &'a [RecordId],
+    ) -> Boxed<'a, Result<Opened, StoreError>> {
+        Box::pin(async move {
+            for _ in 0..TRIES {
+                if let Some(opened) = self.try_begin(id, claim, others).await? {
+                    return Ok(opened);
+                }
+            }
+            // Records that come and go under this claim's hands.
+            Err(StoreErrorKind::Unavailable.into())
+        })
+    }
+
+    fn was_committed<'a>(&'a self, lease: &'a Lease) -> Boxed<'a, Result<bool, StoreError>> {
+        Box::pin(async move {
+            // The first lock is whatever is free: nobody is kept out by a look.
+            let [_, lock] = locks(&self.table, &lease.id, &Fingerprint::beside(&lease.id));
+            let wait = Say::ask(&self.statements.wait, [Value::from(lock), self.lock_timeout()]);
+            let look = Say::ask(&self.statements.look, look(lease, [lock, lock]));
+            let looked = self.source.wait_and_look(wait, look).await.map_err(StoreError::from)?;
+            Ok(looked.row.is_some_and(|row| is_completed_by(&row, lease)))
+        })
+    }
+
+    fn over<'a>(&'a self, id: &'a RecordId) -> Boxed<'a, ()> {
+        Box::pin(self.ends.over(*id))
+    }
+}
+
+fn is_completed_by(row: &Row, lease: &Lease) -> bool {
+    row.state == Some(record::COMPLETED) && row.owner.as_deref() == Some(lease.owner.as_bytes())
+}
+
+fn look(lease: &Lease, [first, second]: [i64; 2]) -> Vec<Value> {
+    vec![
+        lease.id.as_bytes().into(),
+        lease.owner.as_bytes().into(),
+        first.into(),
+        second.into(),
+    ]
+}
+
+impl<S: Source> TableTransactions<S> {
+    fn lock_timeout(&self) -> Value {
+        Value::from(format!("{}ms", self.lock_timeout.as_millis().max(1)))
+    }
+
+    /// `None` if it has to be made again.
+    async fn try_begin(&self, id: &RecordId, claim: &Claim, others: &[RecordId]) -> Result<Option<Opened>, StoreError> {
+        let beside = Fingerprint::beside(id);
+        let records: Vec<_> = [(*id, claim.fingerprint)]
+            .into_iter()
+            .chain(others.iter().map(|other| (*other, beside)))
+            .collect();
+        let (mut claims, mut looks) = (Vec::new(), Vec::new());
+        for (id, fingerprint) in &records {
+            let locks = locks(&self.table, id, fingerprint);
+            let mut values = named(id, claim, fingerprint);
+            values.push(retention_micros(claim.retention).into());
+            values.extend([locks[0].into(), locks[1].into(), self.lock_timeout()]);
+            claims.push(Say::ask(&self.statements.claim, values));
+            looks.push(Say::ask(
+                &self.statements.look,
+                look(&Lease::new(*id, claim.owner, 1), locks),
+            ));
+        }
+        let mut later = vec![&self.statements.complete, &self.statements.check];
+        if !others.is_empty() {
+            later.push(&self.statements.complete_others);
+        }
+        let (connection, looked) = self.source.begin(claims, looks, &later).await?;
+        let lease = Lease::new(*id, claim.owner, 1);
+        let mut open = Open::new(connection, lease, &self.statements, Waking::of(&self.ends, *id));
+        let mut found = Vec::with_capacity(records.len());
+        let mut expired = Vec::new();
+        for ((id, fingerprint), looked) in records.iter().zip(looked) {
+            match looked.found(id, claim)? {
+                Some(Looking::Found(one)) => found.push(one),
+                Some(Looking::Expired) => {
+                    expired.push((id, fingerprint));
+                    found.push(Found::Acquired);
+                }
+                // Somebody without a lock had it and let it go meanwhile.
+                None => return open.give_up().await,
+            }
+        }
+        if matches!(found.first(), Some(Found::Acquired)) && !expired.is_empty() {
+            if !open.claim_expired(claim, expired).await? {
+                return open.give_up().await;
+            }
+        }
+        let mut found = found.into_iter();
+        let own = found.next().unwrap_or(Found::InFlight { same: true });
+        let found: Vec<_> = found.collect();
+        let acquired = others
+            .iter()
+            .zip(&found)
+            .filter(|(_, found)| matches!(found, Found::Acquired));
+        open.others = acquired.map(|(other, _)| *other).collect();
+        Ok(Some(Opened {
+            own,
+            others: found,
+            transaction: Box::new(open),
+        }))
+    }
+}
+
+fn named(id: &RecordId, claim: &Claim, fingerprint: &Fingerprint) -> Vec<Value> {
+    vec![
+        id.as_bytes().into(),
+        claim.owner.as_bytes().into(),
+        i16::from(fingerprint.algorithm()).into(),
+        fingerprint.digest().into(),
+    ]
+}
+
+enum Looking {
+    Found(Found),
+    /// It counts as vacant, and nobody else has claimed it.
+    Expired,
+}
+
+impl Looked {
+    /// What is committed says more than who is at work. `None` if there is nothing and nobody.
+    fn found(self, id: &RecordId, claim: &Claim) -> Result<Option<Looking>, StoreError> {
+        let in_flight = || match self.held {
+            held::NONE => None,
+            held => Some(Looking::Found(Found::InFlight {
+                same: held == held::SAME,
+            })),
+        };
+        if self.claimed {
+            return Ok(Some(Looking::Found(Found::Acquired)));
+        }
+        let Some(row) = self.row else {
+            return Ok(in_flight());
+        };
+        Ok(match row.found(id, claim.owner)? {
+            record::Found::Expired => Some(in_flight().unwrap_or(Looking::Expired)),
+            record::Found::Other(begin) => Some(Looking::Found(Found::Kept(begin))),
+            // No claim of this owner was ever committed.
+            record::Found::Own | record::Found::Acquired(_) => None,
+        })
+    }
+}

@@ -1,0 +1,175 @@
+//! A transaction that has claimed, and its end.
+
+use std::sync::Arc;
+
+use http::Extensions;
+
+use super::{
+    Connection,
+    ends::Waking,
+    named,
+    say::{Failure, Say, Value},
+    statements::{RELEASE, SAVEPOINT, TransactionStatements, UNDO},
+};
+use crate::{
+    codec::StoredResponse,
+    error::{StoreError, StoreErrorKind},
+    fingerprint::Fingerprint,
+    record::{Claim, Lease, RecordId, Retention},
+    store::postgres::{record, statements::retention_micros},
+    transactional::{Answer, Boxed, Ended, Slot, Transaction},
+};
+
+/// An open transaction that has claimed.
+pub(super) struct Open<C: Connection> {
+    slot: Slot<C>,
+    /// To a handler, which may have ended it.
+    lent: bool,
+    lease: Lease,
+    /// Those that it claimed beside its own.
+    pub(super) others: Vec<RecordId>,
+    statements: Arc<TransactionStatements>,
+    waking: Waking,
+}
+
+const KEPT: &str = "the handler kept its transaction beyond its answer: it is rolled back when it is let go";
+const ENDED: &str = "the handler ended its transaction itself: what it wrote may be committed";
+
+impl<C: Connection> Open<C> {
+    pub(super) fn new(connection: C, lease: Lease, statements: &Arc<TransactionStatements>, waking: Waking) -> Self {
+        Self {
+            slot: Slot::of(connection),
+            lent: false,
+            lease,
+            others: Vec::new(),
+            statements: Arc::clone(statements),
+            waking,
+        }
+    }
+
+    pub(super) async fn give_up<T>(self) -> Result<Option<T>, StoreError> {
+        if let Some(connection) = self.slot.take_back() {
+            connection.roll_back(None).await?;
+        }
+        Ok(None)
+    }
+
+    /// Outside of the savepoint: a claim stays when what the handler wrote is undone.
+    pub(super) async fn claim_expired(
+        &mut self,
+        claim: &Claim,
+        expired: Vec<(&RecordId, &Fingerprint)>,
+    ) -> Result<bool, StoreError> {
+        let mut flight = vec![Say::Plain(RELEASE)];
+        for (id, fingerprint) in expired {
+            let mut values = named(id, claim, fingerprint);
+            values.extend([Value::from(0_i64), retention_micros(claim.retention).into()]);
+            flight.push(Say::ask(&self.statements.claim_expired, values));
+        }
+        flight.push(Say::Plain(SAVEPOINT));
+        let Some(mut connection) = self.slot.take_back() else {
+            return Ok(false);
+        };
+        let answered = connection.ask(flight).await?;
+        self.slot = Slot::of(connection);
+        Ok(answered.into_iter().all(|answered| answered))
+    }
+
+    fn completion(&self, answer: &Answer) -> Vec<Say> {
+        let Answer {
+            response, retention, ..
+        } = answer;
+        let owner = || Value::from(self.lease.owner.as_bytes());
+        let kept = |response: &StoredResponse, retention: Retention| {
+            (Value::Bytes(response.as_bytes().clone()), retention_micros(retention))
+        };
+        let (bytes, micros) = kept(response, *retention);
+        let checksum = record::checksum(&self.lease.id, response.as_bytes());
+        let own = [
+            self.lease.id.as_bytes().into(),
+            owner(),
+            bytes,
+            checksum.into(),
+            micros.into(),
+        ];
+        let mut flight = vec![Say::ask(&self.statements.complete, own)];
+        if !self.others.is_empty() {
+            // The fact alone; the answer is with the operation.
+            let (bytes, micros) = kept(&StoredResponse::not_kept(response.status()), *retention);
+            let fact = StoredResponse::not_kept(response.status());
+            let sums = self
+                .others
+                .iter()
+                .map(|id| record::checksum(id, fact.as_bytes()))
+                .collect();
+            let ids = self.others.iter().map(|id| id.as_bytes().to_vec()).collect();
+            let others = [
+                Value::BytesList(ids),
+                owner(),
+                bytes,
+                Value::IntList(sums),
+                micros.into(),
+            ];
+            flight.push(Say::ask(&self.statements.complete_others, others));
+        }
+        flight
+    }
+}
+
+impl<C: Connection> Transaction for Open<C> {
+    fn lend(&mut self, extensions: &mut Extensions) {
+        self.lent = true;
+        C::lend(&self.slot, extensions);
+    }
+
+    fn commit(mut self: Box<Self>, answer: Answer) -> Boxed<'static, Ended> {
+        Box::pin(async move {
+            let Some(connection) = self.slot.take_back() else {
+                return Ended::Misused(KEPT);
+            };
+            let mut flight = self.completion(&answer);
+            if !answer.with_writes {
+                flight.insert(0, Say::Plain(UNDO));
+            }
+            match connection.commit(flight).await {
+                Ok(()) => {
+                    self.waking.committed();
+                    Ended::AsAsked
+                }
+                Err(failure) => failure.into_end(),
+            }
+        })
+    }
+
+    fn roll_back(self: Box<Self>) -> Boxed<'static, Ended> {
+        Box::pin(async move {
+            let Some(connection) = self.slot.take_back() else {
+                return Ended::Misused(KEPT);
+            };
+            let (id, owner) = (self.lease.id.as_bytes(), self.lease.owner.as_bytes());
+            let check = Say::ask(&self.statements.check, [Value::from(id), owner.into()]);
+            match connection.roll_back(self.lent.then_some(check)).await {
+                Ok(()) => Ended::AsAsked,
+                Err(failure) => failure.into_end(),
+            }
+        })
+    }
+}
+
+impl Failure {
+    /// A transaction that fails is undone, unless the connection was lost with it.
+    fn into_end(self) -> Ended {
+        let Self { code, fatal, error } = self;
+        match code.as_deref() {
+            None => Ended::Unknown(error),
+            // Of the connection, perhaps after the commit.
+            Some(_) if fatal => Ended::Unknown(error),
+            // No row, no transaction, no such savepoint.
+            Some("22012" | "25P01" | "3B001") => Ended::Misused(ENDED),
+            Some(_) => match error.kind() {
+                StoreErrorKind::Unavailable | StoreErrorKind::Full => Ended::RolledBack(error),
+                _ => Ended::Failed(error),
+            },
+        }
+    }
+}

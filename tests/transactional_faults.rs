@@ -1,0 +1,279 @@
+//! What goes wrong around a transaction: lost commits, lost servers, conflicts, full pools.
+#![cfg(feature = "sqlx")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::{
+    sync::{Arc, atomic::Ordering::SeqCst},
+    time::Duration,
+};
+
+use http::StatusCode;
+use support::{
+    app::{Control, call, gated, spawn},
+    bank::{self, ACCOUNTS, BALANCE, BOTH, Bank, Library, PATIENCE, order},
+    commit_proxy::{CommitProxy, Cut},
+    postgres::{self, Postgres},
+    serve::assert_replay,
+};
+use tower_idempotency::{Guarantee, IdempotencyLayer};
+
+const MONEY: i64 = ACCOUNTS * BALANCE;
+
+/// A node that reaches the bank's database through a proxy.
+async fn node_behind(bank: &Bank, library: Library, control: &Control, limit: Duration) -> (axum::Router, CommitProxy) {
+    let proxy = CommitProxy::before(bank.port()).await;
+    let url = bank
+        .url()
+        .replace(&format!(":{}/", bank.port()), &format!(":{}/", proxy.port()));
+    let store = bank::store(library, &url, postgres::pool(&url, 2)).await;
+    let layer = IdempotencyLayer::new(store)
+        .guarantee(Guarantee::Transactional)
+        .store_timeout(limit);
+    (bank::app(control, layer), proxy)
+}
+
+#[tokio::test]
+async fn a_commit_whose_answer_is_lost_is_found_out_and_its_client_gets_the_answer() {
+    for library in BOTH {
+        let bank = Bank::of(library).await;
+        let (node, proxy) = node_behind(&bank, library, &bank.control, 2 * PATIENCE).await;
+        proxy.cut_once(Cut::After);
+        let first = call(&node, order("k", 5, "")).await;
+        assert_eq!(
+            (first.status, proxy.cuts()),
+            (StatusCode::CREATED, 1),
+            "{library:?} {first:?}"
+        );
+        assert_replay(&first, &call(&node, order("k", 5, "")).await);
+        assert_eq!((bank.books().await, bank.control.runs()), ((1, MONEY), 1));
+    }
+}
+
+#[tokio::test]
+async fn a_commit_that_never_arrived_is_found_out_and_the_client_may_send_it_again() {
+    for library in BOTH {
+        let bank = Bank::of(library).await;
+        let (node, proxy) = node_behind(&bank, library, &bank.control, 2 * PATIENCE).await;
+        proxy.cut_once(Cut::Before);
+        let first = call(&node, order("k", 5, "")).await;
+        assert_eq!(
+            (first.status.as_u16(), &*first.problem()),
+            (503, "transaction-rolled-back"),
+            "{library:?}"
+        );
+        assert!(first.header("retry-after").is_some());
+        assert_eq!(bank.books().await, (0, MONEY));
+        assert_eq!(call(&node, order("k", 5, "")).await.status, StatusCode::CREATED);
+        assert_eq!((bank.books().await, bank.control.runs()), ((1, MONEY), 2));
+    }
+}
+
+#[tokio::test]
+async fn a_commit_that_may_have_arrived_is_not_looked_for_before_it_is_over() {
+    for library in BOTH {
+        let bank = Bank::of(library).await;
+        let (node, proxy) = node_behind(&bank, library, &bank.control, 2 * PATIENCE).await;
+        for number in 1..=10 {
+            proxy.cut_once(Cut::During);
+            let key = format!("k{number}");
+            let mut answer = call(&node, order(&key, 5, "")).await;
+            while answer.status != StatusCode::CREATED {
+                assert!(
+                    ["transaction-rolled-back", "store-unavailable"].contains(&&*answer.problem()),
+                    "{answer:?}"
+                );
+                answer = call(&node, order(&key, 5, "")).await;
+            }
+            assert_eq!(bank.books().await, (number, MONEY), "{library:?}");
+        }
+        assert_eq!(proxy.cuts(), 10);
+    }
+}
+
+#[tokio::test]
+async fn a_commit_that_is_slow_to_end_is_waited_for() {
+    // The answer to the COMMIT is lost while a trigger holds it up: nothing is there to be seen yet.
+    let bank = Bank::of(Library::TokioPostgres).await;
+    bank.say(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS \
+              $$ BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END $$; \
+              CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON transfers DEFERRABLE INITIALLY DEFERRED \
+              FOR EACH ROW EXECUTE FUNCTION slow()",
+    )
+    .await;
+    let holder = bank.client().await;
+    holder.batch_execute("SELECT pg_advisory_lock(1)").await.unwrap();
+    let (node, proxy) = node_behind(&bank, Library::TokioPostgres, &bank.control, 2 * PATIENCE).await;
+    let first = spawn(&node, order("k", 5, ""));
+    let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted \
+                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+    while bank.look::<i64>(waits).await < 1 {}
+    proxy.sever();
+    // Who looks whether it was committed waits for its lock.
+    while bank.look::<i64>(waits).await < 2 {}
+    holder.batch_execute("SELECT pg_advisory_unlock(1)").await.unwrap();
+    let first = first.await.unwrap();
+    assert_eq!(first.status, StatusCode::CREATED, "{first:?}");
+    assert_eq!((bank.books().await, bank.control.runs()), ((1, MONEY), 1));
+}
+
+#[tokio::test]
+async fn where_it_cannot_be_found_out_nobody_is_told_that_it_is_done_and_the_next_request_learns_it() {
+    for library in BOTH {
+        let bank = Bank::of(library).await;
+        let (node, proxy) = node_behind(&bank, library, &bank.control, Duration::from_secs(2)).await;
+        proxy.refuse_after_cut.store(true, SeqCst);
+        proxy.cut_once(Cut::After);
+        let first = call(&node, order("k", 5, "")).await;
+        assert_eq!(
+            (first.status.as_u16(), &*first.problem()),
+            (503, "store-unavailable"),
+            "{library:?}"
+        );
+        assert!(first.json()["detail"].as_str().unwrap().contains("not known"));
+        proxy.mend();
+        let again = call(&node, order("k", 5, "")).await;
+        assert!(
+            again.status == StatusCode::CREATED && again.is_replay(),
+            "{library:?} {again:?}"
+        );
+        assert_eq!((bank.books().await, bank.control.runs()), ((1, MONEY), 1));
+    }
+}
+
+#[tokio::test]
+async fn a_backend_that_is_terminated_takes_the_request_with_it_and_the_next_one_runs() {
+    for library in BOTH {
+        let bank = Bank::with(library, gated(), |layer| layer).await;
+        let first = spawn(&bank.app, order("k", 5, ""));
+        bank.control.entered().await;
+        bank.say(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE xact_start IS NOT NULL \
+                  AND datname = current_database() AND pid <> pg_backend_pid()",
+        )
+        .await;
+        bank.control.let_go();
+        assert_eq!(first.await.unwrap().problem(), "transaction-rolled-back", "{library:?}");
+        bank.control.let_go();
+        assert_eq!(bank.ask(order("k", 5, "")).await.status, StatusCode::CREATED);
+        assert_eq!(bank.books().await, (1, MONEY), "{library:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_crashes_while_a_handler_runs_forgets_it_and_the_next_request_runs() {
+    for library in BOTH {
+        let quick = |layer: IdempotencyLayer| layer.store_timeout(Duration::from_secs(2));
+        let server = Arc::new(Postgres::start(&[]));
+        let mut bank = Bank::on(&server, library, gated(), quick).await;
+        drop(server);
+        bank.control.let_go();
+        let before = bank.ask(order("before", 5, "")).await;
+        let first = spawn(&bank.app, order("k", 5, ""));
+        bank.control.entered().await;
+        bank.control.entered().await;
+        let server = bank.server_mut();
+        server.kill();
+        bank.control.let_go();
+        let first = first.await.unwrap();
+        assert_eq!(first.problem(), "store-unavailable", "{library:?}");
+        bank.server_mut().restart();
+        assert_replay(&before, &bank.ask(order("before", 5, "")).await);
+        bank.control.let_go();
+        assert_eq!(bank.ask(order("k", 5, "")).await.status, StatusCode::CREATED);
+        assert_eq!(bank.books().await, (2, MONEY), "{library:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_conflict_of_serializable_transactions_is_rolled_back_and_the_client_may_send_it_again() {
+    for library in BOTH {
+        let server = Arc::new(Postgres::start(&["default_transaction_isolation=serializable"]));
+        let bank = Bank::on(&server, library, gated(), |layer| layer).await;
+        let counting = |key: &str| bank::counting(key);
+        let (one, two) = (spawn(&bank.app, counting("a")), spawn(&bank.app, counting("b")));
+        bank.control.entered().await;
+        bank.control.entered().await;
+        bank.control.let_go();
+        bank.control.let_go();
+        let mut answers = [one.await.unwrap(), two.await.unwrap()];
+        answers.sort_by_key(|answer| answer.status);
+        assert_eq!(answers[0].status, StatusCode::CREATED, "{library:?} {answers:?}");
+        assert_eq!(answers[1].problem(), "transaction-rolled-back", "{library:?}");
+        assert!(answers[1].header("retry-after").is_some());
+        bank.control.let_go();
+        bank.control.let_go();
+        for key in ["a", "b"] {
+            assert_eq!(bank.ask(counting(key)).await.status, StatusCode::CREATED);
+        }
+        assert_eq!(
+            bank.look::<i64>("SELECT count(DISTINCT amount) FROM transfers").await,
+            2,
+            "{library:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_gets_no_connection_is_refused_and_nothing_is_left_of_it() {
+    for library in BOTH {
+        let quick = |layer: IdempotencyLayer| layer.store_timeout(Duration::from_secs(1));
+        let bank = Bank::with(library, gated(), quick).await;
+        // As many as there are connections.
+        let busy: Vec<_> = (0..4)
+            .map(|number| spawn(&bank.app, bank::counting(&number.to_string())))
+            .collect();
+        for _ in 0..4 {
+            bank.control.entered().await;
+        }
+        assert_eq!(
+            bank.ask(order("k", 5, "")).await.problem(),
+            "store-unavailable",
+            "{library:?}"
+        );
+        for _ in 0..5 {
+            bank.control.let_go();
+        }
+        for answer in busy {
+            assert_eq!(answer.await.unwrap().status, StatusCode::CREATED, "{library:?}");
+        }
+        assert_eq!(bank.ask(order("k", 5, "")).await.status, StatusCode::CREATED);
+        assert_eq!(bank.books().await, (5, MONEY));
+    }
+}
+
+#[tokio::test]
+async fn a_server_without_a_connection_to_spare_is_a_refusal() {
+    for library in BOTH {
+        let server = Arc::new(Postgres::start(&[
+            "max_connections=10",
+            "superuser_reserved_connections=0",
+            "max_wal_senders=0",
+        ]));
+        let quick = |layer: IdempotencyLayer| layer.store_timeout(Duration::from_secs(1));
+        let bank = Bank::on(&server, library, gated(), quick).await;
+        let first = spawn(&bank.app, bank::counting("a"));
+        bank.control.entered().await;
+        // Those of the pools that nobody uses.
+        let watcher = bank.client().await;
+        let idle = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE state = 'idle'";
+        watcher.batch_execute(idle).await.unwrap();
+        let mut all = Vec::new();
+        while let Ok((client, connection)) = tokio_postgres::connect(&bank.url(), tokio_postgres::NoTls).await {
+            tokio::spawn(connection);
+            all.push(client);
+        }
+        assert_eq!(
+            bank.ask(bank::counting("b")).await.problem(),
+            "store-unavailable",
+            "{library:?}"
+        );
+        bank.control.let_go();
+        bank.control.let_go();
+        assert_eq!(first.await.unwrap().status, StatusCode::CREATED);
+        // Its connection is free again.
+        assert_eq!(bank.ask(bank::counting("b")).await.status, StatusCode::CREATED);
+    }
+}
