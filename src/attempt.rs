@@ -22,7 +22,6 @@ use crate::{
     flow::{Exchange, Step},
     grpc,
     guard::{Guard, Outcome},
-    identity::Identity,
     keep::Keep,
     key::IdempotencyKey,
     policy::{Policy, named_by_connection},
@@ -49,7 +48,7 @@ pub(crate) type Reply<R, E> = thread::Result<Result<Response<ResponseBody<R>>, E
 
 impl<S> Exchange<S> {
     /// Runs the service under a lease and tells the store how it ended before anybody else hears of it.
-    pub(crate) fn run_under<B, R>(self, lease: Lease) -> impl Future<Output = Step<S, R, S::Error>>
+    pub(crate) fn run_under<B, R>(self: Box<Self>, lease: Lease) -> impl Future<Output = Step<S, R, S::Error>>
     where
         S: Service<Request<B>, Response = Response<R>>,
         B: RequestBody,
@@ -60,13 +59,13 @@ impl<S> Exchange<S> {
     }
 
     /// As above, after the operation's other keys were claimed: all of them, or it does not run.
-    pub(crate) async fn claim_others_and_run<B, R>(self, lease: Lease) -> Step<S, R, S::Error>
+    pub(crate) async fn claim_others_and_run<B, R>(self: Box<Self>, lease: Lease) -> Step<S, R, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>>,
         B: RequestBody,
         R: Body,
     {
-        let guard = Guard::new(Arc::clone(&self.shared), lease);
+        let mut guard = Guard::new(Arc::clone(&self.shared), lease);
         let claimed = {
             let claims = pin!(claim_others(&guard, &self.claim, &self.identity.others));
             guard.hold(claims).await
@@ -80,28 +79,21 @@ impl<S> Exchange<S> {
         }
     }
 
-    fn run_guarded<B, R>(self, guard: Guard) -> impl Future<Output = Step<S, R, S::Error>>
+    fn run_guarded<B, R>(mut self: Box<Self>, mut guard: Guard) -> impl Future<Output = Step<S, R, S::Error>>
     where
         S: Service<Request<B>, Response = Response<R>>,
         B: RequestBody,
         R: Body,
     {
-        let Self {
-            service,
-            mut parts,
-            body,
-            identity: Identity { key, .. },
-            ..
-        } = self;
         guard.count_run();
         let lease = guard.lease();
+        let key = &self.identity.key;
         let marked = guard.policy().marks_answers().then(|| key.clone());
-        parts.extensions.insert(Attempt::new(lease.id, key, lease.fence));
-        let request = Request::from_parts(parts, B::from_buffered(body));
-        // Only what is needed from here on becomes part of the future.
+        let attempt = Attempt::new(lease.id, key.clone(), lease.fence);
+        self.parts.extensions.insert(attempt);
         async move {
             let (outcome, reply) = {
-                let call = pin!(call(service, request, guard.policy()));
+                let call = pin!(call(self, guard.policy()));
                 judge(guard.hold(catch_panic(call)).await, guard.policy(), marked.as_ref())
             };
             #[cfg(seeded_bug)]
@@ -117,62 +109,75 @@ impl<S> Exchange<S> {
         }
     }
 
-    pub(crate) async fn run_unprotected<B, R>(mut self) -> Result<Response<ResponseBody<R>>, S::Error>
+    pub(crate) async fn run_unprotected<B, R>(mut self: Box<Self>) -> Result<Response<ResponseBody<R>>, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>>,
         B: RequestBody,
         R: Body,
     {
         self.shared.tally.unprotected.add();
-        let request = Request::from_parts(self.parts, B::from_buffered(self.body));
         ready(&mut self.service).await?;
-        let response = self.service.call(request).await?;
+        let called = {
+            let Self {
+                mut service,
+                parts,
+                body,
+                ..
+            } = *self;
+            service.call(Request::from_parts(parts, B::from_buffered(body)))
+        };
+        let response = called.await?;
         Ok(response.map(ResponseBody::passed))
     }
 }
 
-#[allow(clippy::manual_async_fn, reason = "an async fn holds its arguments twice")]
-pub(crate) fn call<S, B, R>(
-    mut service: S,
-    request: Request<B>,
-    policy: &Policy,
-) -> impl Future<Output = Ran<R, S::Error>>
+/// Calls the service and reads its answer. The request stays in its box until then: a future has room for all that it
+/// starts with beside all that it becomes.
+pub(crate) async fn call<S, B, R>(mut exchange: Box<Exchange<S>>, policy: &Policy) -> Ran<R, S::Error>
 where
     S: Service<Request<B>, Response = Response<R>>,
+    B: RequestBody,
     R: Body,
 {
-    async move {
-        if let Err(error) = ready(&mut service).await {
-            return Ran::NotReady(error);
-        }
-        let is_head = request.method() == Method::HEAD;
-        let (mut parts, body) = match service.call(request).await {
-            Ok(response) => response.into_parts(),
-            Err(error) => return Ran::Failed(error),
-        };
-        // Taken out: what it says is said to this layer, and not to one around a handler that passes the answer on.
-        let word = parts.extensions.remove::<Keep>();
-        let status = || grpc::http_status(&parts.headers).unwrap_or(parts.status);
-        let retention = match word {
-            Some(Keep::Nothing) => return Ran::NotExecuted(parts, body),
-            Some(Keep::OnlyTheFact) => return Ran::Stream(parts, body, policy.kept_for()),
-            Some(Keep::AnswerFor(retention)) => retention,
-            Some(Keep::Answer) => policy.kept_for(),
-            #[cfg(seeded_bug)]
-            None if crate::seeded::is("keeps what did not execute") => policy.kept_for(),
-            None if policy.store_when.holds(status()) => policy.kept_for(),
-            None => return Ran::NotExecuted(parts, body),
-        };
-        if (policy.stream_when)(&parts) {
-            return Ran::Stream(parts, body, retention);
-        }
-        match body::keep(body, policy.max_response_body).await {
-            // An answer without a body may announce the length that it would have with one.
-            Kept::Whole(body) if !is_head && !is_complete(&parts, &body) => Ran::Broken(parts, Resumed::from(body)),
-            Kept::Whole(body) => Ran::Whole(parts, body, retention),
-            Kept::OverLimit(body) => Ran::OverLimit(parts, body, retention),
-            Kept::Broken(body) => Ran::Broken(parts, body),
-        }
+    if let Err(error) = ready(&mut exchange.service).await {
+        return Ran::NotReady(error);
+    }
+    let is_head = exchange.parts.method == Method::HEAD;
+    let called = {
+        let Exchange {
+            mut service,
+            parts,
+            body,
+            ..
+        } = *exchange;
+        service.call(Request::from_parts(parts, B::from_buffered(body)))
+    };
+    let (mut parts, body) = match called.await {
+        Ok(response) => response.into_parts(),
+        Err(error) => return Ran::Failed(error),
+    };
+    // Taken out: what it says is said to this layer, and not to one around a handler that passes the answer on.
+    let word = parts.extensions.remove::<Keep>();
+    let status = || grpc::http_status(&parts.headers).unwrap_or(parts.status);
+    let retention = match word {
+        Some(Keep::Nothing) => return Ran::NotExecuted(parts, body),
+        Some(Keep::OnlyTheFact) => return Ran::Stream(parts, body, policy.kept_for()),
+        Some(Keep::AnswerFor(retention)) => retention,
+        Some(Keep::Answer) => policy.kept_for(),
+        #[cfg(seeded_bug)]
+        None if crate::seeded::is("keeps what did not execute") => policy.kept_for(),
+        None if policy.store_when.holds(status()) => policy.kept_for(),
+        None => return Ran::NotExecuted(parts, body),
+    };
+    if (policy.stream_when)(&parts) {
+        return Ran::Stream(parts, body, retention);
+    }
+    match body::keep(body, policy.max_response_body).await {
+        // An answer without a body may announce the length that it would have with one.
+        Kept::Whole(body) if !is_head && !is_complete(&parts, &body) => Ran::Broken(parts, Resumed::from(body)),
+        Kept::Whole(body) => Ran::Whole(parts, body, retention),
+        Kept::OverLimit(body) => Ran::OverLimit(parts, body, retention),
+        Kept::Broken(body) => Ran::Broken(parts, body),
     }
 }
 

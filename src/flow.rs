@@ -16,7 +16,7 @@ use crate::{
     codec::{Answer, StoredResponse},
     decide::{Decision, decide},
     error::{StoreError, StoreErrorKind},
-    fingerprint::Comparison,
+    fingerprint::{Comparison, Fingerprint},
     guard::{Outcome, settle_later},
     identity::{Identity, identify},
     key::IdempotencyKey,
@@ -47,12 +47,9 @@ pub(crate) enum Step<S, R: Body, E> {
 }
 
 /// What became of a request that was read whole.
-#[allow(
-    clippy::large_enum_variant,
-    reason = "the large one is the usual one, and is moved once"
-)]
 pub(crate) enum Opened<S, B, R: Body> {
-    Exchange(Exchange<S>),
+    /// Boxed once, here: it goes through many hands.
+    Exchange(Box<Exchange<S>>),
     /// Its body shows that it carries no key, and it needs none.
     Unkeyed(S, Box<Request<B>>),
     Refused(Box<Response<ResponseBody<R>>>),
@@ -66,30 +63,35 @@ pub(crate) fn open<S, B: RequestBody, R: Body>(
     body: BufferedBody,
     key: Option<IdempotencyKey>,
 ) -> Opened<S, B, R> {
-    let identified = identify(&shared.policy, &parts, body.data(), key)
-        .and_then(|identity| identity.map(|identity| claim(&shared.policy, identity)).transpose());
-    match identified {
-        Ok(Some((identity, claim))) => Opened::Exchange(Exchange {
-            shared,
-            service,
-            parts,
-            body,
-            identity,
-            claim,
-            wait: None,
-        }),
-        Ok(None) => Opened::Unkeyed(service, Box::new(Request::from_parts(parts, B::from_buffered(body)))),
-        Err(rejection) => Opened::Refused(Box::new(shared.refuse(rejection, &parts, None))),
-    }
+    let refused = |rejection, parts| Opened::Refused(Box::new(shared.refuse(rejection, parts, None)));
+    let identity = match identify(&shared.policy, &parts, body.data(), key) {
+        Ok(Some(identity)) => identity,
+        Ok(None) => {
+            return Opened::Unkeyed(service, Box::new(Request::from_parts(parts, B::from_buffered(body))));
+        }
+        Err(rejection) => return refused(rejection, &parts),
+    };
+    let claim = match claim(&shared.policy, identity.fingerprint) {
+        Ok(claim) => claim,
+        Err(rejection) => return refused(rejection, &parts),
+    };
+    Opened::Exchange(Box::new(Exchange {
+        shared,
+        service,
+        parts,
+        body,
+        identity,
+        claim,
+        wait: None,
+    }))
 }
 
-fn claim(policy: &Policy, identity: Identity) -> Result<(Identity, Claim), Rejection> {
+fn claim(policy: &Policy, fingerprint: Fingerprint) -> Result<Claim, Rejection> {
     let owner = Owner::random().map_err(|error| {
         tracing::error!(%error, "there is no randomness for an owner token");
         Rejection::new(RejectionKind::StoreUnavailable)
     })?;
-    let claim = Claim::new(identity.fingerprint, owner, policy.lease, policy.kept_for());
-    Ok((identity, claim))
+    Ok(Claim::new(fingerprint, owner, policy.lease, policy.kept_for()))
 }
 
 /// What follows from what the store found.
@@ -105,13 +107,13 @@ pub(crate) enum Next<R: Body> {
 pub(crate) enum Start<S, R: Body, E> {
     Replied(Response<ResponseBody<R>>),
     /// Work that must run to its end once it is polled.
-    Work(Work<S, R, E>),
+    Work(Arc<Shared>, Work<S, R, E>),
 }
 
 pub(crate) type Work<S, R, E> = Pin<Box<dyn Future<Output = Step<S, R, E>> + Send>>;
 
 /// The first look at a store that answers at once: a replay is over with that, and costs no future.
-pub(crate) fn start<S, B, R>(mut exchange: Exchange<S>) -> Start<S, R, S::Error>
+pub(crate) fn start<S, B, R>(mut exchange: Box<Exchange<S>>) -> Start<S, R, S::Error>
 where
     S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
     S::Future: Send,
@@ -120,26 +122,28 @@ where
     R: Body + Send + 'static,
     R::Error: Send,
 {
-    let Some(begin) = exchange
+    let begin = exchange
         .shared
         .store
-        .begin_at_once(&exchange.identity.id, &exchange.claim)
-    else {
-        return Start::Work(Box::pin(run(exchange)));
+        .begin_at_once(&exchange.identity.id, &exchange.claim);
+    let next = begin.map(|begin| exchange.next(exchange.shared.noted(begin)));
+    let shared = match next {
+        Some(Next::Reply(response)) => return Start::Replied(response),
+        _ => Arc::clone(&exchange.shared),
     };
-    match exchange.next(exchange.shared.noted(begin)) {
-        Next::Reply(response) => Start::Replied(response),
-        Next::Run(lease) if exchange.identity.others.is_empty() => Start::Work(Box::pin(exchange.run_under(lease))),
-        Next::Run(lease) => Start::Work(Box::pin(exchange.claim_others_and_run(lease))),
-        Next::RunUnprotected | Next::BeginAgain | Next::Wait => Start::Work(Box::pin(run(exchange))),
-    }
+    let work: Work<S, R, S::Error> = match next {
+        Some(Next::Run(lease)) if exchange.identity.others.is_empty() => Box::pin(exchange.run_under(lease)),
+        Some(Next::Run(lease)) => Box::pin(exchange.claim_others_and_run(lease)),
+        _ => Box::pin(run(exchange)),
+    };
+    Start::Work(shared, work)
 }
 
 /// From a look at the store to the answer. Once it is polled it must run to its end.
 ///
 /// What runs is boxed apart: others need not carry its size.
 #[allow(clippy::manual_async_fn, reason = "an async fn holds its arguments twice")]
-pub(crate) fn run<S, B, R>(mut exchange: Exchange<S>) -> impl Future<Output = Step<S, R, S::Error>>
+pub(crate) fn run<S, B, R>(mut exchange: Box<Exchange<S>>) -> impl Future<Output = Step<S, R, S::Error>>
 where
     S: Service<Request<B>, Response = Response<R>> + Clone,
     B: RequestBody,
@@ -160,7 +164,7 @@ where
                 Next::Run(lease) => return Box::pin(exchange.claim_others_and_run(lease)).await,
                 Next::RunUnprotected => return Step::Done(Box::pin(exchange.run_unprotected()).await),
                 Next::BeginAgain => {}
-                Next::Wait => return Step::Wait(Box::new(exchange)),
+                Next::Wait => return Step::Wait(exchange),
             }
         }
     }

@@ -150,15 +150,12 @@ where
                         Opened::Unkeyed(service, request) => State::Unkeyed {
                             future: Box::pin(run_unkeyed(service, *request)),
                         },
-                        Opened::Exchange(exchange) => {
-                            let shared = Arc::clone(&exchange.shared);
-                            match flow::start(exchange) {
-                                Start::Replied(response) => return Poll::Ready(Ok(response)),
-                                Start::Work(work) => State::Running {
-                                    run: Detachable::new(shared, work),
-                                },
-                            }
-                        }
+                        Opened::Exchange(exchange) => match flow::start(exchange) {
+                            Start::Replied(response) => return Poll::Ready(Ok(response)),
+                            Start::Work(shared, work) => State::Running {
+                                run: Detachable::new(shared, work),
+                            },
+                        },
                     }
                 }
                 StateProj::Running { run } => match ready!(run.poll(cx)) {
@@ -170,7 +167,7 @@ where
                 StateProj::Waiting { wait } => {
                     let exchange = ready!(wait.as_mut().poll(cx));
                     State::Running {
-                        run: Detachable::new(Arc::clone(&exchange.shared), Box::pin(flow::run(*exchange))),
+                        run: Detachable::new(Arc::clone(&exchange.shared), Box::pin(flow::run(exchange))),
                     }
                 }
                 StateProj::Unkeyed { future } => return future.as_mut().poll(cx),

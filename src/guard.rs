@@ -133,15 +133,21 @@ impl Guard {
     }
 
     /// Tells the store how the attempt ended. Where the store does not answer, a task goes on trying.
-    pub(crate) async fn settle(mut self, outcome: Outcome) {
+    pub(crate) async fn settle(&mut self, mut outcome: Outcome) {
         // The operation's own record last: whoever finds it ended finds the others ended, too.
         if self.last_other().is_some() {
             // Many calls may take longer than a lease.
             self.hold(Box::pin(self.settle_others(&outcome))).await;
         }
-        let outcome = outcome.of_attempt(&self.lease);
+        outcome.become_that_of_attempt(&self.lease);
         self.count(&outcome);
-        settle_one(&self.shared, self.lease, outcome).await;
+        if !settle_one(&self.shared, &self.lease, &outcome).await {
+            #[cfg(seeded_bug)]
+            if crate::seeded::is("frees what it cannot record") {
+                outcome = Outcome::NotExecuted;
+            }
+            settle_later(&self.shared, self.lease, outcome);
+        }
         self.settled = true;
     }
 
@@ -149,10 +155,9 @@ impl Guard {
         let mut store_answers = true;
         while let Some(other) = self.last_other() {
             let outcome = outcome.beside(&other);
-            if store_answers {
-                store_answers = settle_one(&self.shared, other, outcome).await;
-            } else {
-                // Nobody waits for a silent store once for each key.
+            // Nobody waits for a silent store once for each key.
+            store_answers = store_answers && settle_one(&self.shared, &other, &outcome).await;
+            if !store_answers {
                 settle_later(&self.shared, other, outcome);
             }
             // Only now: until here a panic of the store leaves it to the guard.
@@ -200,10 +205,9 @@ impl Drop for Guard {
 
 impl Outcome {
     /// Of an operation whose earlier attempt was lost, a later one can say for itself alone that it did not execute.
-    fn of_attempt(self, lease: &Lease) -> Self {
-        match self {
-            Self::NotExecuted if lease.fence > 1 => Self::Unknown,
-            outcome => outcome,
+    fn become_that_of_attempt(&mut self, lease: &Lease) {
+        if matches!(self, Self::NotExecuted) && lease.fence > 1 {
+            *self = Self::Unknown;
         }
     }
 
@@ -213,27 +217,20 @@ impl Outcome {
             Self::Completed(response, retention) => {
                 Self::Completed(StoredResponse::not_kept(response.status()), *retention)
             }
-            Self::NotExecuted => Self::NotExecuted.of_attempt(other),
+            Self::NotExecuted if other.fence > 1 => Self::Unknown,
+            Self::NotExecuted => Self::NotExecuted,
             Self::Unknown => Self::Unknown,
         }
     }
 }
 
-/// Whether the store answered.
-async fn settle_one(shared: &Arc<Shared>, lease: Lease, outcome: Outcome) -> bool {
-    match apply(shared, &lease, &outcome).await {
+/// Whether the store answered; if not, it has to be told later.
+async fn settle_one(shared: &Shared, lease: &Lease, outcome: &Outcome) -> bool {
+    match apply(shared, lease, outcome).await {
         Ok(()) => true,
-        #[cfg(seeded_bug)]
-        Err(error) if error.is_retryable() && crate::seeded::is("frees what it cannot record") => {
-            settle_later(shared, lease, Outcome::NotExecuted);
-            false
-        }
-        Err(error) if error.is_retryable() => {
-            settle_later(shared, lease, outcome);
-            false
-        }
+        Err(error) if error.is_retryable() => false,
         Err(error) => {
-            report(shared, &lease, &error);
+            report(shared, lease, &error);
             true
         }
     }

@@ -10,6 +10,7 @@ use crate::{
     policy::{Policy, WithoutKey},
     record::RecordId,
     rejection::{Rejection, RejectionKind},
+    scope::ScopeHash,
 };
 
 /// Who a request is.
@@ -48,7 +49,8 @@ pub(crate) fn identify(
     if let Some(first_sent) = &policy.first_sent {
         first_sent.check(parts, policy.retention)?;
     }
-    let scope = policy.scope.of(parts, &json)?;
+    let mut scope = ScopeHash::new();
+    policy.scope.hash_into(&mut scope, parts, &json)?;
     let fingerprint = policy.fingerprinter.fingerprint(parts, body, &json)?;
     let others = policy.key.others(&json, &policy.key_rules)?;
     let mut others: Box<[_]> = others.iter().map(|(pointer, key)| scope.also(pointer, key)).collect();

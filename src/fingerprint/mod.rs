@@ -59,6 +59,8 @@ pub struct Fingerprinter(Kind);
 enum Kind {
     None,
     WholeRequest,
+    #[cfg(feature = "blake3")]
+    Blake3,
     CanonicalJson,
     JsonMembers(Arc<[Pointer]>),
     Custom(u8, Arc<Custom>),
@@ -79,6 +81,8 @@ const CANONICAL_JSON: u8 = 2;
 const JSON_MEMBERS: u8 = 3;
 /// Of a key that is claimed beside an operation's own: names that operation.
 const BESIDE: u8 = 4;
+#[cfg(feature = "blake3")]
+const BLAKE3: u8 = 5;
 
 impl Fingerprinter {
     /// The first id that [`custom`](Self::custom) may take; those below are the crate's own.
@@ -87,6 +91,18 @@ impl Fingerprinter {
     /// SHA-256 over method, path with query, and body, each with its length. Algorithm 1.
     pub fn whole_request() -> Self {
         Self(Kind::WholeRequest)
+    }
+
+    /// BLAKE3 in place of SHA-256, over the same. Algorithm 5.
+    ///
+    /// For large bodies: several times as fast at 1 MiB, no faster at 1 KiB. Records that were begun under SHA-256 are
+    /// still compared by it, and the other way round on servers that have this feature; one without it refuses what
+    /// this one began as [`RecordFromNewerVersion`](crate::RejectionKind::RecordFromNewerVersion). So turn the feature
+    /// on everywhere before it is used anywhere.
+    #[cfg(feature = "blake3")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "blake3")))]
+    pub fn blake3() -> Self {
+        Self(Kind::Blake3)
     }
 
     /// Every request with the same key in the same scope is the same. Algorithm 0.
@@ -153,6 +169,8 @@ impl Fingerprinter {
         Ok(match &self.0 {
             Kind::None => Fingerprint::new(NONE, [0; 32]),
             Kind::WholeRequest => Fingerprint::new(WHOLE_REQUEST, whole_request(parts, body)),
+            #[cfg(feature = "blake3")]
+            Kind::Blake3 => Fingerprint::new(BLAKE3, whole_request_by_blake3(parts, body)),
             Kind::CanonicalJson => Fingerprint::new(CANONICAL_JSON, canonical_json(parts, json)?),
             Kind::JsonMembers(pointers) => Fingerprint::new(JSON_MEMBERS, json_members(parts, json, pointers)?),
             Kind::Custom(algorithm, digest) => Fingerprint::new(*algorithm, digest(parts, body)),
@@ -173,6 +191,8 @@ impl Fingerprinter {
             same if same == own.algorithm => *own,
             NONE => Fingerprint::new(NONE, [0; 32]),
             WHOLE_REQUEST => Fingerprint::new(WHOLE_REQUEST, whole_request(parts, body)),
+            #[cfg(feature = "blake3")]
+            BLAKE3 => Fingerprint::new(BLAKE3, whole_request_by_blake3(parts, body)),
             // A body that cannot be read as JSON is not the one that could.
             CANONICAL_JSON => match canonical_json(parts, &JsonBody::new(body)) {
                 Ok(digest) => Fingerprint::new(CANONICAL_JSON, digest),
@@ -206,6 +226,8 @@ impl fmt::Debug for Fingerprinter {
         match &self.0 {
             Kind::None => f.write_str("None"),
             Kind::WholeRequest => f.write_str("WholeRequest"),
+            #[cfg(feature = "blake3")]
+            Kind::Blake3 => f.write_str("Blake3"),
             Kind::CanonicalJson => f.write_str("CanonicalJson"),
             Kind::JsonMembers(pointers) => f.debug_tuple("JsonMembers").field(pointers).finish(),
             Kind::Custom(algorithm, _) => write!(f, "Custom({algorithm})"),
@@ -247,15 +269,28 @@ fn json_members(parts: &Parts, body: &JsonBody<'_>, pointers: &[Pointer]) -> Res
     Ok(hash.finalize().into())
 }
 
+#[cfg(feature = "blake3")]
+fn whole_request_by_blake3(parts: &Parts, body: &Bytes) -> [u8; 32] {
+    let mut hash = blake3::Hasher::new();
+    for bytes in [parts.method.as_str(), target(parts)].map(str::as_bytes) {
+        hash.update(&(bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    }
+    hash.update(body);
+    hash.finalize().into()
+}
+
 /// A hash of method and path with query.
 fn hash_of_target(parts: &Parts) -> Sha256 {
-    let target = sent_uri(&parts.extensions, &parts.uri)
-        .path_and_query()
-        .map_or("", |target| target.as_str());
     let mut hash = Sha256::new();
     field(&mut hash, parts.method.as_str().as_bytes());
-    field(&mut hash, target.as_bytes());
+    field(&mut hash, target(parts).as_bytes());
     hash
+}
+
+fn target(parts: &Parts) -> &str {
+    let target = sent_uri(&parts.extensions, &parts.uri).path_and_query();
+    target.map_or("", |target| target.as_str())
 }
 
 fn field(hash: &mut Sha256, bytes: &[u8]) {

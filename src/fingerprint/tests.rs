@@ -149,3 +149,42 @@ fn a_record_that_was_compared_as_json_still_is_after_the_setting_changed() {
     assert_eq!(compare(br#"{"a":2}"#), Comparison::Different);
     assert_eq!(compare(b"nonsense"), Comparison::Different);
 }
+
+#[cfg(feature = "blake3")]
+#[test]
+fn sha_256_and_blake3_compare_each_others_records_by_what_these_were_made_with() {
+    let (parts, body) = (parts("POST", "/a"), Bytes::from_static(b"body"));
+    let (sha, blake) = (Fingerprinter::whole_request(), Fingerprinter::blake3());
+    let (by_sha, by_blake) = (of(&sha, &parts, &body), of(&blake, &parts, &body));
+    assert_eq!((by_sha.algorithm(), by_blake.algorithm()), (1, 5));
+    assert_ne!(by_sha.digest(), by_blake.digest());
+    let other = Bytes::from_static(b"other");
+    for (fingerprinter, stored) in [(&sha, &by_blake), (&blake, &by_sha), (&blake, &by_blake)] {
+        let compare = |body| fingerprinter.compare(stored, &of(fingerprinter, &parts, body), &parts, body);
+        assert_eq!(compare(&body), Comparison::Same);
+        assert_eq!(compare(&other), Comparison::Different);
+    }
+}
+
+#[cfg(feature = "blake3")]
+#[test]
+fn under_blake3_method_path_query_and_body_all_count() {
+    let one = |method, target, body: &'static str| {
+        of(
+            &Fingerprinter::blake3(),
+            &parts(method, target),
+            &Bytes::from_static(body.as_bytes()),
+        )
+    };
+    let first = one("POST", "/a?b=1", "body");
+    assert_eq!(first, one("POST", "/a?b=1", "body"));
+    for other in [
+        one("PATCH", "/a?b=1", "body"),
+        one("POST", "/a?b=2", "body"),
+        one("POST", "/a", "body"),
+        one("POST", "/a?b=1", "body "),
+    ] {
+        assert_ne!(first, other);
+    }
+    assert_ne!(one("POST", "/a", "bc"), one("POST", "/ab", "c"));
+}

@@ -6,7 +6,7 @@ use crate::record::RecordId;
 
 /// SHA-256 over tagged fields with their lengths; collected first, since many small updates cost more than one.
 #[derive(Clone)]
-pub(crate) struct IdHasher {
+pub(super) struct IdHasher {
     input: [u8; 256],
     filled: usize,
     hash: Option<Sha256>,
@@ -22,8 +22,9 @@ impl IdHasher {
     }
 
     pub(super) fn field(&mut self, tag: u8, bytes: &[u8]) {
-        self.write(&[tag]);
-        self.write(&(bytes.len() as u64).to_le_bytes());
+        let mut head = [tag; 9];
+        head[1..].copy_from_slice(&(bytes.len() as u64).to_le_bytes());
+        self.write(&head);
         self.write(bytes);
     }
 
@@ -41,11 +42,11 @@ impl IdHasher {
         self.filled += bytes.len();
     }
 
-    pub(super) fn finish(self) -> RecordId {
+    pub(super) fn finish(&self) -> RecordId {
         let rest = &self.input[..self.filled];
-        let digest = match self.hash {
+        let digest = match &self.hash {
             None => Sha256::digest(rest),
-            Some(hash) => hash.chain_update(rest).finalize(),
+            Some(hash) => hash.clone().chain_update(rest).finalize(),
         };
         RecordId::from_bytes(digest.into())
     }

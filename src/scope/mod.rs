@@ -142,18 +142,22 @@ const ALSO: u8 = 12;
 const DERIVED: u8 = 13;
 
 impl ScopeRules {
-    /// Everything of a record's id but the key.
-    pub(crate) fn of(&self, parts: &Parts, body: &JsonBody<'_>) -> Result<ScopeHash, Rejection> {
-        let mut id = IdHasher::new();
+    /// Adds to `scope` everything of a record's id but the key.
+    pub(crate) fn hash_into(
+        &self,
+        ScopeHash(id): &mut ScopeHash,
+        parts: &Parts,
+        body: &JsonBody<'_>,
+    ) -> Result<(), Rejection> {
         #[cfg(seeded_bug)]
         if crate::seeded::is("forgets scopes") {
-            return Ok(ScopeHash(id));
+            return Ok(());
         }
         let mut operation = Operation::Route;
         match &self.tenant {
-            Tenant::Authorization => whole_authorization(&mut id, parts),
-            Tenant::AuthorizationParameters(scheme, names) => parameters(&mut id, parts, scheme, names)?,
-            Tenant::Headers(names) => names.iter().for_each(|name| header(&mut id, parts, name)),
+            Tenant::Authorization => whole_authorization(id, parts),
+            Tenant::AuthorizationParameters(scheme, names) => parameters(id, parts, scheme, names)?,
+            Tenant::Headers(names) => names.iter().for_each(|name| header(id, parts, name)),
             Tenant::Parts(scope) => {
                 let scope = scope(parts).ok_or_else(nobody)?;
                 match &scope.tenant {
@@ -170,9 +174,9 @@ impl ScopeRules {
             (Operation::Any, _) => id.field(ANY, b""),
         }
         for pointer in &self.members {
-            member(&mut id, pointer, body)?;
+            member(id, pointer, body)?;
         }
-        Ok(ScopeHash(id))
+        Ok(())
     }
 }
 
@@ -257,31 +261,33 @@ fn member(id: &mut IdHasher, pointer: &Pointer, body: &JsonBody<'_>) -> Result<(
     Ok(())
 }
 
-/// A scope, ready to be made the id of a record by what is named in it.
-#[derive(Clone)]
+/// The hash of a scope, to be made the id of a record by what is named in it. Made once for a request and filled in place:
+/// it is large.
 pub(crate) struct ScopeHash(IdHasher);
 
 impl ScopeHash {
+    pub(crate) fn new() -> Self {
+        Self(IdHasher::new())
+    }
+
     /// The operation that the client's key names.
-    pub(crate) fn key(self, key: &IdempotencyKey) -> RecordId {
-        self.with(&[(KEY, key.as_str().as_bytes())])
+    pub(crate) fn key(mut self, key: &IdempotencyKey) -> RecordId {
+        self.0.field(KEY, key.as_str().as_bytes());
+        self.0.finish()
     }
 
     /// One of the keys that the operation claims beside its own.
     pub(crate) fn also(&self, pointer: &Pointer, key: &IdempotencyKey) -> RecordId {
-        self.clone()
-            .with(&[(ALSO, pointer.as_str().as_bytes()), (KEY, key.as_str().as_bytes())])
+        let mut id = self.0.clone();
+        id.field(ALSO, pointer.as_str().as_bytes());
+        id.field(KEY, key.as_str().as_bytes());
+        id.finish()
     }
 
     /// The operation that has no key but what it is.
-    pub(crate) fn derived(self, fingerprint: &Fingerprint) -> RecordId {
-        self.with(&[(DERIVED, &[fingerprint.algorithm()]), (DERIVED, fingerprint.digest())])
-    }
-
-    fn with(mut self, fields: &[(u8, &[u8])]) -> RecordId {
-        for (tag, bytes) in fields {
-            self.0.field(*tag, bytes);
-        }
+    pub(crate) fn derived(mut self, fingerprint: &Fingerprint) -> RecordId {
+        self.0.field(DERIVED, &[fingerprint.algorithm()]);
+        self.0.field(DERIVED, fingerprint.digest());
         self.0.finish()
     }
 }

@@ -18,7 +18,8 @@ fn id_of(tenant: Tenant, parts: &Parts) -> RecordId {
         tenant,
         ..ScopeRules::default()
     };
-    let scope = rules.of(parts, &JsonBody::new(b"")).unwrap();
+    let mut scope = ScopeHash::new();
+    rules.hash_into(&mut scope, parts, &JsonBody::new(b"")).unwrap();
     scope.key(&key_of(parts))
 }
 
@@ -119,6 +120,9 @@ fn a_caller_without_a_scope_has_no_id() {
         tenant: Tenant::Parts(Arc::new(|_| None)),
         ..ScopeRules::default()
     };
-    let rejection = rules.of(&request(None, "/", "k"), &JsonBody::new(b"")).err().unwrap();
+    let request = request(None, "/", "k");
+    let rejection = rules
+        .hash_into(&mut ScopeHash::new(), &request, &JsonBody::new(b""))
+        .unwrap_err();
     assert_eq!(rejection.kind(), RejectionKind::ScopeMissing);
 }

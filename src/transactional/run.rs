@@ -29,7 +29,10 @@ use crate::{
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// From a look at the store to the answer. Once it is polled it must run to its end; cut, it is rolled back.
-pub(crate) async fn run<S, B, R>(mut exchange: Exchange<S>, transactions: Arc<dyn Transactions>) -> Step<S, R, S::Error>
+pub(crate) async fn run<S, B, R>(
+    mut exchange: Box<Exchange<S>>,
+    transactions: Arc<dyn Transactions>,
+) -> Step<S, R, S::Error>
 where
     S: Service<Request<B>, Response = Response<R>> + Clone,
     B: RequestBody,
@@ -41,7 +44,7 @@ where
             identity,
             claim,
             ..
-        } = &exchange;
+        } = &*exchange;
         let found = match begin(shared, identity, claim, &*transactions).await {
             Ok(opened) => match claimed(shared, identity, claim, opened).await {
                 Claimed::All(transaction) => {
@@ -54,7 +57,7 @@ where
         };
         match exchange.next(found) {
             Next::Reply(response) => return Step::Done(Ok(response)),
-            Next::Wait => return Step::Wait(Box::new(exchange)),
+            Next::Wait => return Step::Wait(exchange),
             Next::BeginAgain => {}
             // Nothing that was found is a lease, and nothing runs outside of a transaction.
             Next::Run(_) | Next::RunUnprotected => {
@@ -137,7 +140,7 @@ fn not_to_be_had(other: Found, beside: &Fingerprint) -> Option<Rejection> {
 
 impl<S> Exchange<S> {
     async fn run_in<B, R>(
-        self,
+        mut self: Box<Self>,
         mut transaction: Box<dyn Transaction>,
         transactions: Arc<dyn Transactions>,
     ) -> Step<S, R, S::Error>
@@ -146,25 +149,18 @@ impl<S> Exchange<S> {
         B: RequestBody,
         R: Body,
     {
-        let Self {
-            shared,
-            service,
-            mut parts,
-            body,
-            identity: Identity { key, id, .. },
-            claim,
-            ..
-        } = self;
+        let shared = Arc::clone(&self.shared);
+        let Identity { id, ref key, .. } = self.identity;
+        let key = key.clone();
         shared.tally.executed.add();
-        let lease = Lease::new(id, claim.owner, 1);
+        let lease = Lease::new(id, self.claim.owner, 1);
         let marked = shared.policy.marks_answers().then(|| key.clone());
         // A refusal is made for the request as it came.
-        let head = parts.clone();
-        parts.extensions.insert(Attempt::new(id, key, lease.fence));
-        transaction.lend(&mut parts.extensions);
-        let request = Request::from_parts(parts, B::from_buffered(body));
+        let head = self.parts.clone();
+        self.parts.extensions.insert(Attempt::new(id, key, lease.fence));
+        transaction.lend(&mut self.parts.extensions);
         let (outcome, reply) = {
-            let call = pin!(call(service, request, &shared.policy));
+            let call = pin!(call(self, &shared.policy));
             judge(catch_panic(call).await, &shared.policy, marked.as_ref())
         };
         let answer = match outcome {

@@ -13,9 +13,10 @@ use crate::record::RecordId;
 /// queue of the next longer one, or of the longest, where a record may be removed late but never early.
 const MAX_CLASSES: usize = 32;
 
-#[derive(Default)]
 pub(super) struct Expiry {
     classes: Vec<Class>,
+    /// No deadline is before this one; most of the time no queue has to be looked at.
+    next: Time,
 }
 
 struct Class {
@@ -40,6 +41,15 @@ pub(super) struct Ticket {
 
 const CANCELLED: Time = 0;
 
+impl Default for Expiry {
+    fn default() -> Self {
+        Self {
+            classes: Vec::new(),
+            next: NEVER,
+        }
+    }
+}
+
 impl Expiry {
     /// Sets a deadline; `None` if it never comes.
     pub(super) fn set(&mut self, id: RecordId, now: Time, distance: Time) -> Option<Ticket> {
@@ -52,6 +62,7 @@ impl Expiry {
         let class = &mut self.classes[index];
         let number = class.first + class.queue.len() as u64;
         class.queue.push_back(Entry { at, id });
+        self.next = self.next.min(at);
         Some(Ticket {
             class: index as u8,
             number,
@@ -103,13 +114,21 @@ impl Expiry {
 
     /// The next record whose deadline has come, from any queue. Its ticket is used up.
     pub(super) fn pop(&mut self, now: Time) -> Option<RecordId> {
-        self.classes.iter_mut().find_map(|class| {
+        if now < self.next {
+            return None;
+        }
+        let due = self.classes.iter_mut().find_map(|class| {
             let due = class.queue.front().is_some_and(|entry| entry.at <= now);
             let entry = if due { class.queue.pop_front() } else { None }?;
             class.first += 1;
             class.trim();
             Some(entry.id)
-        })
+        });
+        if due.is_none() {
+            let fronts = self.classes.iter().filter_map(|class| class.queue.front());
+            self.next = fronts.map(|entry| entry.at).min().unwrap_or(NEVER);
+        }
+        due
     }
 }
 
