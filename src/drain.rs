@@ -8,40 +8,71 @@ use crate::sync::{
     timeout,
 };
 
-/// Counts tasks, and tells when there is none.
+/// Counts work that must not be cut, and tells when there is none.
 #[derive(Debug, Default)]
 pub(crate) struct Tasks {
-    running: AtomicUsize,
+    /// That of requests with a client, too: it may be leaving right now. A server that stops tells of the end of a
+    /// connection before the connection drops what it was working on.
+    working: AtomicUsize,
+    /// What of it is a task.
+    detached: AtomicUsize,
     idle: Notify,
 }
 
-/// One running task; dropped when the task ends, however it ends.
-struct Running(Arc<Tasks>);
+/// Some work; dropped when it ends, however it ends.
+pub(crate) struct Working(Arc<Tasks>);
 
-impl Drop for Running {
+impl Drop for Working {
     fn drop(&mut self) {
-        if self.0.running.fetch_sub(1, AcqRel) == 1 {
+        if self.0.working.fetch_sub(1, AcqRel) == 1 {
             self.0.idle.notify_waiters();
         }
     }
 }
 
+/// As above, in a task.
+struct Detached(Working);
+
+impl Drop for Detached {
+    fn drop(&mut self) {
+        let Working(tasks) = &self.0;
+        tasks.detached.fetch_sub(1, AcqRel);
+    }
+}
+
 impl Tasks {
+    /// Counts work from now on.
+    pub(crate) fn work(self: &Arc<Self>) -> Working {
+        self.working.fetch_add(1, AcqRel);
+        Working(Arc::clone(self))
+    }
+
     /// Runs `task` on `runtime`, counted.
     pub(crate) fn spawn<F>(self: &Arc<Self>, runtime: &Handle, task: F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.running.fetch_add(1, AcqRel);
-        let running = Running(Arc::clone(self));
-        runtime.spawn(async move {
-            task.await;
-            drop(running);
-        });
+        self.work().spawn(runtime, task);
     }
 
+    /// How many tasks there are.
     pub(crate) fn len(&self) -> usize {
-        self.running.load(Acquire)
+        self.detached.load(Acquire)
+    }
+}
+
+impl Working {
+    /// Goes on with `task`, on `runtime`.
+    pub(crate) fn spawn<F>(self, runtime: &Handle, task: F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.0.detached.fetch_add(1, AcqRel);
+        let detached = Detached(self);
+        runtime.spawn(async move {
+            task.await;
+            drop(detached);
+        });
     }
 }
 
@@ -87,13 +118,14 @@ impl Drain {
         self.tasks.len()
     }
 
-    /// Waits until no request is running without a client.
+    /// Waits until no request with a key is running. Those that have a client count, too: it may be leaving, and a server
+    /// that is still open never comes to an end here. So stop it first.
     pub async fn finished(&self) {
         loop {
             // Registered before the count is read, so the last task cannot end unseen in between.
             let mut idle = pin!(self.tasks.idle.notified());
             idle.as_mut().enable();
-            if self.tasks.len() == 0 {
+            if self.tasks.working.load(Acquire) == 0 {
                 return;
             }
             idle.await;
@@ -106,7 +138,7 @@ impl Drain {
     /// [`Unfinished`] if there was work left. It goes on for as long as the runtime lives.
     pub async fn within(&self, deadline: Duration) -> Result<(), Unfinished> {
         timeout(deadline, self.finished()).await.map_err(|_| Unfinished {
-            running: self.running(),
+            running: self.tasks.working.load(Acquire),
         })
     }
 }

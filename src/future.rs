@@ -18,6 +18,7 @@ use tracing::{Instrument, Span};
 use crate::{
     attempt,
     body::{Collected, End, RequestBody, ResponseBody},
+    drain::Working,
     flow::{self, Exchange, Opened, Start, Step},
     key::IdempotencyKey,
     rejection::{Rejection, RejectionKind},
@@ -242,8 +243,8 @@ fn broken(error: Box<dyn std::error::Error + Send + Sync>) -> Rejection {
 struct Detachable<T: 'static> {
     /// Away while it is polled, so that work that panicked is not polled again.
     work: Option<Pin<Box<dyn Future<Output = T> + Send>>>,
-    /// Where to go; known once the work has been pending.
-    home: Option<(Handle, Span)>,
+    /// Where to go; known, and counted, once the work has been pending.
+    home: Option<(Handle, Span, Working)>,
     shared: Arc<Shared>,
 }
 
@@ -263,9 +264,12 @@ impl<T: 'static> Detachable<T> {
         let poll = work.as_mut().poll(cx);
         if poll.is_pending() {
             if self.home.is_none() {
-                self.home = Handle::try_current().ok().map(|runtime| (runtime, Span::current()));
+                let home = |runtime| (runtime, Span::current(), self.shared.tasks.work());
+                self.home = Handle::try_current().ok().map(home);
             }
             self.work = Some(work);
+        } else {
+            self.home = None;
         }
         poll
     }
@@ -277,11 +281,11 @@ impl<T: 'static> Drop for Detachable<T> {
         if crate::seeded::is("ends with its client") {
             return;
         }
-        if let (Some(work), Some((runtime, span))) = (self.work.take(), self.home.take()) {
+        if let (Some(work), Some((runtime, span, working))) = (self.work.take(), self.home.take()) {
             self.shared.tally.detached.add();
             tracing::debug!(parent: &span, "the client left; its request runs on");
             let work = async move { drop(work.await) };
-            self.shared.tasks.spawn(&runtime, work.instrument(span));
+            working.spawn(&runtime, work.instrument(span));
         }
     }
 }

@@ -63,6 +63,37 @@ async fn a_client_that_leaves_while_the_handler_runs_finds_the_answer_when_it_co
 }
 
 #[tokio::test]
+async fn a_drain_that_begins_before_the_client_has_left_waits_for_its_handler_too() {
+    let layer = IdempotencyLayer::new(MemoryStore::new());
+    let control = gated();
+    let app = pay(&control, layer.clone());
+    let mut request = Box::pin(app.clone().oneshot(keyed("k", "a")));
+    assert_pending(&mut request).await;
+    let drain = layer.drain();
+    assert_eq!(drain.running(), 0, "it has a client");
+    let mut drained = Box::pin(drain.finished());
+    assert_pending(&mut drained).await;
+    // As a server does that has told of its end already.
+    drop(request);
+    assert_pending(&mut drained).await;
+    control.let_go();
+    drained.await;
+    assert_eq!((control.ends(), drain.running()), (1, 0));
+}
+
+#[tokio::test]
+async fn a_request_that_was_answered_holds_no_drain_up() {
+    let layer = IdempotencyLayer::new(MemoryStore::new());
+    let control = gated();
+    let app = pay(&control, layer.clone());
+    let mut request = Box::pin(app.clone().oneshot(keyed("k", "a")));
+    assert_pending(&mut request).await;
+    control.let_go();
+    assert_eq!((&mut request).await.unwrap().status(), StatusCode::CREATED);
+    layer.drain().finished().await;
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_before_its_body_is_whole_leaves_nothing_behind() {
     let store = FaultyStore::default();
     let control = open();
