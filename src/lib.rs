@@ -14,6 +14,9 @@ mod fingerprint;
 mod first_sent;
 mod flow;
 mod future;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod grpc;
 mod guard;
 mod identity;

@@ -111,8 +111,7 @@ async fn a_duplicate_on_another_node_waits_for_the_answer_and_gets_it() {
     assert_eq!(control.runs(), 1);
 }
 
-/// As if the rest of all leases had passed on the server. What a node gave up while the server hung was claimed when it
-/// went on, and nobody runs under it.
+/// As if the rest of all leases had passed on the server.
 async fn end_leases(server: &Postgres) {
     server
         .say("UPDATE idempotency_records SET lease_until = clock_timestamp() WHERE state = 'p'")

@@ -13,7 +13,7 @@ use support::{
     postgres::Postgres,
     serve::assert_replay,
 };
-use tower_idempotency::{Guarantee, IdempotencyLayer, MemoryStore, Profile, Statuses};
+use tower_idempotency::{Guarantee, IdempotencyLayer, KeySource, MemoryStore, Profile, Statuses};
 
 const MONEY: i64 = ACCOUNTS * BALANCE;
 
@@ -345,5 +345,32 @@ async fn a_replay_writes_nothing() {
         }
         let after: String = bank.look("SELECT pg_current_wal_lsn()::text").await;
         assert_eq!(before, after, "{library:?}");
+    }
+}
+
+#[tokio::test]
+async fn all_keys_of_a_request_are_claimed_and_completed_in_its_transaction_or_none() {
+    for library in BOTH {
+        let keys = KeySource::header("idempotency-key").and_each("/units/*");
+        let bank = Bank::with(library, open(), |layer| layer.key(keys)).await;
+        let order = |key: &str, units: &[&str], then: &str| {
+            let body = serde_json::json!({ "amount": 5, "then": then, "units": units });
+            let mut request = order(key, 5, then);
+            *request.body_mut() = body.to_string().into();
+            request
+        };
+        assert_eq!(bank.ask(order("a", &["1", "2"], "503")).await.status.as_u16(), 503);
+        assert_eq!(bank.records().await, 0, "{library:?}: none is left");
+        let first = bank.ask(order("a", &["1", "2"], "")).await;
+        assert_eq!(first.status, StatusCode::CREATED, "{library:?} {first:?}");
+        assert_replay(&first, &bank.ask(order("a", &["1", "2"], "")).await);
+        let taken = bank.ask(order("b", &["3", "2"], "")).await;
+        assert_eq!(taken.problem(), "idempotency-key-reused", "{library:?}");
+        assert_eq!((bank.records().await, bank.control.runs()), (3, 2));
+        let completed = "SELECT count(*) FROM idempotency_records WHERE state = 'c'";
+        assert_eq!(bank.look::<i64>(completed).await, 3);
+        assert_eq!(bank.ask(order("b", &["3", "4"], "402")).await.status.as_u16(), 402);
+        assert_eq!(bank.look::<i64>(completed).await, 6, "{library:?}");
+        assert_eq!(bank.books().await, (1, MONEY));
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use http::StatusCode;
 use support::{
     app::{call, gated, open, spawn},
-    bank::{ACCOUNTS, BALANCE, BOTH, Bank, Library, app, order},
+    bank::{self, ACCOUNTS, BALANCE, BOTH, Bank, Library, app, order},
 };
 use tower_idempotency::{Concurrent, Guarantee, IdempotencyLayer, PostgresStore};
 
@@ -35,7 +35,7 @@ async fn many_more_duplicates_wait_than_there_are_connections_and_all_get_the_an
         let others: Vec<_> = (0..20).map(|_| spawn(&bank.app, order("k", 5, ""))).collect();
         waited(&bank.layer, 20).await;
         // Others are served meanwhile, although there are four connections alone.
-        let another = spawn(&bank.app, order("other", 5, ""));
+        let another = spawn(&bank.app, bank::counting("other"));
         bank.control.entered().await;
         bank.control.let_go();
         bank.control.let_go();
@@ -144,6 +144,8 @@ async fn a_claim_waits_no_longer_for_a_locked_table_than_the_store_does_and_the_
         };
         let layer = IdempotencyLayer::new(store).guarantee(Guarantee::Transactional);
         let node = app(&bank.control, layer.store_timeout(Duration::from_secs(60)));
+        // With a connection whose statements are prepared: that would wait, too.
+        assert_eq!(call(&node, order("warm", 5, "")).await.status, StatusCode::CREATED);
         let migration = bank.client().await;
         migration
             .batch_execute("BEGIN; LOCK TABLE idempotency_records")

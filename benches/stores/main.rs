@@ -1,7 +1,7 @@
 //! What durable stores cost beside the floor of their medium: cycles (claim and completion, 1 KiB answers) of 1, 16, 64
 //! and 256 writers, replays, the size of a record, the purge, and the opening of a full file.
 //!
-//! `cargo bench --bench stores --features testing`, with `redis` for the store on a server. Options, behind `--`:
+//! `cargo bench --bench stores --features testing`, with `redis` or `postgres` for the stores on servers. Options, behind `--`:
 //! `--only NAME` one contestant, `--seconds N` for each figure [2], `--records N` in the full file [100000], `--dir
 //! PATH` the disk to measure [the temporary directory].
 //!
@@ -11,7 +11,11 @@
 //! same run, before and after; figures of different runs say little about each other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[cfg(feature = "postgres")]
+mod beside;
 mod file;
+#[cfg(feature = "postgres")]
+mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
 mod work;
@@ -61,4 +65,6 @@ fn main() {
     runtime.block_on(file::measure(&options));
     #[cfg(feature = "redis")]
     runtime.block_on(redis::measure(&options));
+    #[cfg(feature = "postgres")]
+    runtime.block_on(postgres::measure(&options));
 }

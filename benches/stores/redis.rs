@@ -1,28 +1,22 @@
 //! The store on a Redis server, beside the plain commands on a connection of the same kind: a replay beside `GET`, a claim
 //! beside `SET`, a cycle beside two `SET`s, of the same sizes.
-//!
-//! Each figure is the median of ratios, each within one round of floor and store by turns: neighbours on the machine
-//! disturb both. CPU is the server's own, and this process's.
 
 use std::{
-    future::Future,
     io::{BufRead, BufReader},
     net::TcpListener,
     process::{Child, Command, Stdio},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use cpu_time::ProcessTime;
-use redis::{Cmd, Value, aio::MultiplexedConnection};
+use redis::{AsyncConnectionConfig, Cmd, Value, aio::MultiplexedConnection};
 use tower_idempotency::{Begin, RedisStore, Store};
 
 use crate::{
     Options,
+    beside::Beside,
     work::{NEXT, claim, cycle, id, replay},
 };
 
-/// Of floor and store by turns.
-const ROUNDS: u32 = 12;
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
 struct Server {
@@ -58,14 +52,6 @@ impl Drop for Server {
     }
 }
 
-#[derive(Clone, Copy)]
-struct Figures {
-    rate: f64,
-    latency: f64,
-    server_cpu: f64,
-    client_cpu: f64,
-}
-
 async fn server_cpu(connection: &mut MultiplexedConnection) -> f64 {
     let info: String = redis::cmd("INFO").arg("cpu").query_async(connection).await.unwrap();
     let field = |name: &str| {
@@ -73,94 +59,6 @@ async fn server_cpu(connection: &mut MultiplexedConnection) -> f64 {
         line.unwrap().parse::<f64>().unwrap()
     };
     field("used_cpu_sys:") + field("used_cpu_user:")
-}
-
-/// So many at once, for this long.
-async fn measure_one<F: Future<Output = ()> + Send>(
-    connection: &mut MultiplexedConnection,
-    at_once: usize,
-    time: Duration,
-    step: impl Fn() -> F + Clone + Send + 'static,
-) -> Figures {
-    let server = server_cpu(connection).await;
-    let (start, client) = (Instant::now(), ProcessTime::now());
-    let tasks: Vec<_> = (0..at_once)
-        .map(|_| {
-            let step = step.clone();
-            tokio::spawn(async move {
-                let mut took = Vec::new();
-                while start.elapsed() < time {
-                    let start = Instant::now();
-                    step().await;
-                    took.push(start.elapsed());
-                }
-                took
-            })
-        })
-        .collect();
-    let mut took = Vec::new();
-    for task in tasks {
-        took.extend(task.await.unwrap());
-    }
-    let (elapsed, client) = (start.elapsed(), client.elapsed());
-    let server = server_cpu(connection).await - server;
-    took.sort();
-    let count = took.len() as f64;
-    Figures {
-        rate: count / elapsed.as_secs_f64(),
-        latency: took[took.len() / 2].as_secs_f64(),
-        server_cpu: server / count,
-        client_cpu: client.as_secs_f64() / count,
-    }
-}
-
-fn median(mut numbers: Vec<f64>) -> f64 {
-    numbers.sort_by(f64::total_cmp);
-    numbers[numbers.len() / 2]
-}
-
-struct Bench {
-    connection: MultiplexedConnection,
-    time: Duration,
-}
-
-impl Bench {
-    /// A store's step beside its floor.
-    async fn beside<F, S>(
-        &mut self,
-        name: &str,
-        at_once: usize,
-        floor: impl Fn() -> F + Clone + Send + 'static,
-        step: impl Fn() -> S + Clone + Send + 'static,
-    ) where
-        F: Future<Output = ()> + Send + 'static,
-        S: Future<Output = ()> + Send + 'static,
-    {
-        let slice = self.time / ROUNDS;
-        let mut rounds = Vec::new();
-        for round in 0..ROUNDS {
-            // Who comes first takes turns, too.
-            let connection = &mut self.connection;
-            rounds.push(if round % 2 == 0 {
-                let floor = measure_one(connection, at_once, slice, floor.clone()).await;
-                (floor, measure_one(connection, at_once, slice, step.clone()).await)
-            } else {
-                let step = measure_one(connection, at_once, slice, step.clone()).await;
-                (measure_one(connection, at_once, slice, floor.clone()).await, step)
-            });
-        }
-        let ratio = |of: fn(&Figures) -> f64| median(rounds.iter().map(|(floor, step)| of(step) / of(floor)).collect());
-        let rate = median(rounds.iter().map(|(_, step)| step.rate).collect());
-        let latency = median(rounds.iter().map(|(_, step)| step.latency).collect());
-        println!(
-            "{name:28} {at_once:4} {rate:9.0} {:>10} {:8.2} {:8.2} {:8.2} {:8.2}",
-            format!("{:.1?}", Duration::from_secs_f64(latency)),
-            ratio(|figures| figures.rate),
-            ratio(|figures| figures.latency),
-            ratio(|figures| figures.server_cpu),
-            ratio(|figures| figures.client_cpu),
-        );
-    }
 }
 
 /// As long as a record's.
@@ -187,14 +85,21 @@ pub async fn measure(options: &Options) {
         return;
     }
     println!("\n== redis: ratios of the store to the commands alone");
-    println!("step                      at once    steps/s        p50     rate  latency  srv CPU  own CPU");
+    Beside::<fn() -> std::future::Ready<f64>>::heading();
     let server = Server::start();
     let client = redis::Client::open(server.url.as_str()).unwrap();
-    let store = RedisStore::connect(&server.url).await.unwrap();
-    let connection = || async { client.get_multiplexed_async_connection().await.unwrap() };
+    // Neither is to give up where the machine is busy with something else.
+    let patient = RedisStore::builder().timeout(Duration::from_secs(30));
+    let store = patient.connect(&server.url).await.unwrap();
+    let config = AsyncConnectionConfig::new().set_response_timeout(None);
+    let connection = || async {
+        let connection = client.get_multiplexed_async_connection_with_config(&config).await;
+        connection.unwrap()
+    };
     let floor = connection().await;
-    let mut bench = Bench {
-        connection: connection().await,
+    let asked = connection().await;
+    let bench = Beside {
+        server_cpu: async || server_cpu(&mut asked.clone()).await,
         time: options.time,
     };
     let done = cycle(&store, DAY).await;

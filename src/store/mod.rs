@@ -24,6 +24,8 @@ pub use self::file::{FileRecord, FileRecordState, FileStore, FileStoreBuilder, F
 pub use self::postgres::SqlxTransaction;
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresStore, PostgresStoreBuilder, PostgresTable, PostgresTransaction};
+#[cfg(all(feature = "redis", any(test, fuzzing)))]
+pub(crate) use self::redis::look_at_redis_record;
 #[cfg(feature = "redis")]
 pub use self::redis::{RedisStore, RedisStoreBuilder};
 pub use self::{

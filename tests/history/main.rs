@@ -23,6 +23,8 @@ mod memory;
 mod nodes;
 #[cfg(seeded_bug)]
 mod planted;
+#[cfg(feature = "postgres")]
+mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
 mod rules;

@@ -61,6 +61,10 @@ pub fn check(events: &[Event]) -> Vec<Violation> {
         checker.at = at;
         checker.step(*event);
     }
+    for ((key, _), at) in std::mem::take(&mut checker.unsettled) {
+        checker.at = at;
+        checker.break_rule(Rule::R10, format!("{key:?} was probed, and the store was never there"));
+    }
     checker.violations
 }
 
@@ -72,6 +76,8 @@ struct Checker {
     runs: HashMap<Run, Running>,
     /// By digest.
     effects: HashMap<u64, (Key, u8)>,
+    /// Probes that the store was not there for, and that were not repeated with more success.
+    unsettled: HashMap<(Key, u8), usize>,
     quiet: bool,
     crashes: usize,
     violations: Vec<Violation>,
@@ -300,7 +306,12 @@ impl Checker {
             Reply::Unavailable | Reply::NotExecuted | Reply::Other(_) => {}
         }
         let settles = matches!(reply, Reply::Final { .. } | Reply::Unknown | Reply::Reused);
-        if request.is_probe && !settles {
+        let probed = (key, request.fingerprint);
+        if request.is_probe && reply == Reply::Unavailable {
+            self.unsettled.insert(probed, self.at);
+        } else if request.is_probe && settles {
+            self.unsettled.remove(&probed);
+        } else if request.is_probe {
             self.break_rule(Rule::R10, format!("{key:?} was probed and got {reply:?}"));
         }
     }
@@ -317,7 +328,7 @@ impl Checker {
         let Some(now) = register.acknowledged else { return };
         let kept = match reply {
             Reply::Final { digest, .. } => digest == promised.digest || digest == now.digest,
-            Reply::Unavailable => !request.is_probe,
+            Reply::Unavailable => true,
             // Its answer went out although the store could not be told, which is still trying.
             Reply::InProgress | Reply::Unknown => request.saw_doubt,
             _ => false,

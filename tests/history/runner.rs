@@ -414,7 +414,13 @@ async fn probe(app: &App, layer: &IdempotencyLayer, keys: impl Iterator<Item = K
         probes.spawn(async move {
             for key in keys {
                 for fingerprint in [0, 1] {
-                    client.send(key, fingerprint, &Manner::default()).await;
+                    // A pool may still hold connections that are dead.
+                    for _ in 0..50 {
+                        let reply = client.send(key, fingerprint, &Manner::default()).await;
+                        if reply != Some(event::Reply::Unavailable) {
+                            break;
+                        }
+                    }
                 }
             }
         });

@@ -99,6 +99,7 @@ pub async fn create_tables(pool: &Pool) {
          CREATE TABLE deferred (id int PRIMARY KEY DEFERRABLE INITIALLY DEFERRED)"
     );
     client.batch_execute(&sql).await.expect("new tables");
+    drop(client);
     PostgresTable::default().create(pool).await.expect("a new table");
 }
 

@@ -143,7 +143,7 @@ impl Postgres {
     }
 
     /// The postmaster, first, and its children.
-    fn processes(&self) -> Vec<u32> {
+    pub fn processes(&self) -> Vec<u32> {
         let postmaster = self.process.as_ref().expect("it is running").id();
         let mut all = vec![postmaster];
         for entry in fs::read_dir("/proc").expect("a system with /proc").flatten() {

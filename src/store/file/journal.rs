@@ -197,10 +197,51 @@ fn scan(bytes: &[u8], start: u64, epoch: u64) -> Result<Found, Damaged> {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    use super::{
+        super::{layout::Layout, medium::Medium},
+        *,
+    };
 
     const START: u64 = 4096;
-    const SECTORS_OF_A_BLOCK: usize = BLOCK as usize / SECTOR;
+
+    #[derive(Clone, Debug, Default)]
+    struct Bytes(Arc<Mutex<Vec<u8>>>);
+
+    impl Medium for Bytes {
+        fn len(&self) -> io::Result<u64> {
+            Ok(self.0.lock().unwrap().len() as u64)
+        }
+
+        fn read(&self, at: u64, out: &mut [u8]) -> io::Result<()> {
+            out.copy_from_slice(&self.0.lock().unwrap()[at as usize..][..out.len()]);
+            Ok(())
+        }
+
+        fn write(&self, at: u64, data: &[u8]) -> io::Result<()> {
+            let mut bytes = self.0.lock().unwrap();
+            let end = at as usize + data.len();
+            if bytes.len() < end {
+                bytes.resize(end, 0);
+            }
+            bytes[at as usize..end].copy_from_slice(data);
+            Ok(())
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.0.lock().unwrap().resize(len as usize, 0);
+            Ok(())
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn hold(&self, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+    }
 
     fn place(epoch: u64, salt: u64, number: u32) -> Place {
         Place {
@@ -225,13 +266,18 @@ mod tests {
         first + out.len() / SECTOR
     }
 
-    /// Three entries of epoch 7, after a longer epoch 6, and where each begins.
-    fn journal() -> (Vec<u8>, [usize; 4]) {
+    fn epoch_6() -> Vec<u8> {
         let mut bytes = vec![0; 16 * BLOCK as usize];
         let mut at = 0;
         for number in 0..5 {
             at = write(&mut bytes, at, place(6, 1, number));
         }
+        bytes
+    }
+
+    /// Three entries of epoch 7, after a longer epoch 6, and where each begins.
+    fn journal() -> (Vec<u8>, [usize; 4]) {
+        let mut bytes = epoch_6();
         let mut begins = [0; 4];
         for number in 0..3 {
             begins[number + 1] = write(&mut bytes, begins[number], place(7, 2, number as u32));
@@ -268,15 +314,7 @@ mod tests {
     #[test]
     fn a_last_entry_of_which_any_sector_was_not_written_was_never_acknowledged() {
         let (whole, begins) = journal();
-        for old in [vec![0; whole.len()], {
-            // What epoch 6 left there.
-            let mut bytes = vec![0; whole.len()];
-            let mut at = 0;
-            for number in 0..5 {
-                at = write(&mut bytes, at, place(6, 1, number));
-            }
-            bytes
-        }] {
+        for old in [vec![0; whole.len()], epoch_6()] {
             for lost in 1..1 << sectors_of(2) {
                 let mut bytes = whole.clone();
                 for sector in (0..sectors_of(2)).filter(|sector| lost & (1 << sector) != 0) {
@@ -328,8 +366,33 @@ mod tests {
     }
 
     #[test]
+    fn every_opening_writes_entries_that_fit_to_no_other_openings() {
+        let medium: Arc<dyn Medium> = Arc::new(Bytes::default());
+        let backend = Backend::new(Arc::clone(&medium), Layout::make(&medium, 64 << 10).unwrap());
+        let region = backend.journal().unwrap();
+        let torn = |record: &[u8]| {
+            let (mut journal, entries) = Journal::open(&backend, region, 0).unwrap();
+            let mut effects = Effects::new();
+            effects.put(&[1; 32], record);
+            journal.append(&effects).unwrap();
+            let mut written = vec![0; region.len as usize];
+            medium.read(region.at, &mut written).unwrap();
+            // Its first sector did not arrive.
+            medium.write(region.at, &[0; SECTOR]).unwrap();
+            (entries.len(), written)
+        };
+        let (_, first) = torn(&[1; 1000]);
+        let (found, mut second) = torn(&[2; 1000]);
+        assert_eq!(found, 0);
+        assert_eq!(scan(&second, region.at, 0).unwrap().entries.len(), 1);
+        second[SECTOR..2 * SECTOR].copy_from_slice(&first[SECTOR..2 * SECTOR]);
+        assert_eq!(scan(&second, region.at, 0).unwrap().entries.len(), 0);
+    }
+
+    #[test]
     fn an_entry_begins_a_block_of_its_own() {
         let (_, begins) = journal();
-        assert!(begins.iter().all(|begin| begin % SECTORS_OF_A_BLOCK == 0), "{begins:?}");
+        let block = BLOCK as usize / SECTOR;
+        assert!(begins.iter().all(|begin| begin.is_multiple_of(block)), "{begins:?}");
     }
 }

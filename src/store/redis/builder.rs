@@ -87,7 +87,10 @@ impl RedisStoreBuilder {
         self
     }
 
-    /// Certificates (PEM) that servers' own are checked against, instead of those that the system trusts.
+    /// Certificates (PEM) that servers' own are checked against. Default: those that the system trusts.
+    ///
+    /// rustls is the encryption. If the program has not chosen its cryptography (`CryptoProvider::install_default`) by
+    /// the time of the first encrypted connection, it is ring from then on.
     #[cfg(feature = "redis-tls")]
     pub fn root_certificates(mut self, pem: impl Into<Vec<u8>>) -> Self {
         self.certificates.root = Some(pem.into());

@@ -18,6 +18,8 @@ use redis::Value;
 use tokio::time::Instant;
 
 pub use self::builder::RedisStoreBuilder;
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::record::look_at as look_at_redis_record;
 use self::{
     connection::{Connection, Flight, unexpected},
     failure::classify,

@@ -119,8 +119,8 @@ return {FOUND, value, left}
 
 /// ARGV: the owner, the answer with its checksum, its time to live or an empty string.
 ///
-/// What was changed by an earlier try, whose answer was lost, is written again: replicas that are waited for acknowledge
-/// what a connection has written, and this may be another one.
+/// What was changed by an earlier try, whose answer was lost, is written again: a server that is asked what replicas
+/// have acknowledged may count what this connection wrote, and the first try's may have been another one.
 const COMPLETE: &str = r"
 local state, head = state_if_owned_by(ARGV[1])
 if state == COMPLETED then

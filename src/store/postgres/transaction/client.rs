@@ -60,14 +60,26 @@ impl Source for ClientSource {
         for sql in later {
             open.prepare(sql).await?;
         }
+        let answered = looks.len();
         let flight: Vec<_> = [Say::Plain("BEGIN")]
             .into_iter()
             .chain(claims)
             .chain(looks)
             .chain([Say::Plain(SAVEPOINT)])
             .collect();
-        let rows = open.say(&flight).await?;
-        let looked = rows.iter().flatten().map(Looked::read).collect::<Result<_, _>>()?;
+        let rows = match open.say(&flight).await {
+            Ok(rows) => rows,
+            Err(failure) => {
+                if failure.code.is_some() && !failure.fatal {
+                    // The connection is well, and its statements are prepared.
+                    let _ = open.end(vec![Say::Plain("ROLLBACK")]).await;
+                }
+                return Err(failure);
+            }
+        };
+        let rows: Vec<_> = rows.into_iter().flatten().collect();
+        let looked = rows[rows.len().saturating_sub(answered)..].iter();
+        let looked = looked.map(Looked::read).collect::<Result<_, _>>()?;
         Ok((open, looked))
     }
 

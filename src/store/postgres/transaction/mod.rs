@@ -223,12 +223,13 @@ impl<S: Source> TableTransactions<S> {
             .into_iter()
             .chain(others.iter().map(|other| (*other, beside)))
             .collect();
-        let (mut claims, mut looks) = (Vec::new(), Vec::new());
+        let bound = Say::ask(&self.statements.bound, [self.lock_timeout()]);
+        let (mut claims, mut looks) = (vec![bound], Vec::new());
         for (id, fingerprint) in &records {
             let locks = locks(&self.table, id, fingerprint);
             let mut values = named(id, claim, fingerprint);
             values.push(retention_micros(claim.retention).into());
-            values.extend([locks[0].into(), locks[1].into(), self.lock_timeout()]);
+            values.extend(locks.map(Value::from));
             claims.push(Say::ask(&self.statements.claim, values));
             looks.push(Say::ask(
                 &self.statements.look,

@@ -41,9 +41,11 @@ impl Source for SqlxSource {
     /// In two flights: sqlx gives no rows of what begins a transaction.
     async fn begin(&self, claims: Vec<Say>, looks: Vec<Say>, _: &[&Arc<str>]) -> Result<(Open, Vec<Looked>), Failure> {
         let mut open = self.pool.begin().await?;
+        let answered = looks.len();
         let flight = claims.into_iter().chain(looks).chain([Say::Plain(SAVEPOINT)]);
         let rows = open.fetch_all(&*text(flight)).await?;
-        let looked = rows.iter().map(Looked::read_sqlx).collect::<Result<_, _>>()?;
+        let looked = rows[rows.len().saturating_sub(answered)..].iter();
+        let looked = looked.map(Looked::read_sqlx).collect::<Result<_, _>>()?;
         Ok((open, looked))
     }
 

@@ -26,8 +26,11 @@ pub(super) const UNDO: &str = "ROLLBACK TO SAVEPOINT tower_idempotency";
 /// The statements for one table. As elsewhere, the text says the parameters' types.
 #[derive(Clone, Debug)]
 pub(crate) struct TransactionStatements {
-    /// `$1` id, `$2` owner, `$3` algorithm and `$4` digest of the fingerprint, `$5` retention, `$6` and `$7` the locks,
-    /// `$8` how long to wait for others, who hold no lock. Claims what is vacant, and answers nothing of use.
+    /// `$1` how long to wait for those who hold none of the locks, in what follows until a look. One row, of no use. Apart
+    /// from the claim, which waits for a locked table before it does anything.
+    pub(super) bound: Arc<str>,
+    /// `$1` id, `$2` owner, `$3` algorithm and `$4` digest of the fingerprint, `$5` retention, `$6` and `$7` the locks.
+    /// Claims what is vacant, and answers nothing.
     pub(super) claim: Arc<str>,
     /// `$1` id, `$2` owner, `$3` and `$4` the locks. One row: which lock is [held](held) by somebody else, whether the
     /// record is `claimed` by this transaction, and the *record*, if there is one. Waiting is as it was before the claim.
@@ -76,11 +79,11 @@ impl TransactionStatements {
                  set_config('lock_timeout', {time}::text, true)"
             )
         };
-        let waiting = bounded("$8");
         let (lock, look_lock) = (held("$6", "$7"), held("$3", "$4"));
         Self {
+            bound: format!("SELECT {}", bounded("$1")).into(),
             claim: format!(
-                "WITH asked AS MATERIALIZED (SELECT {waiting}, \
+                "WITH asked AS MATERIALIZED (SELECT \
                  CASE WHEN EXISTS (SELECT FROM {table} WHERE id = $1::bytea AND expires_at > clock_timestamp()) \
                  THEN -1 ELSE {lock} END AS held) \
                  INSERT INTO {table} (id, owner, fence, state, algorithm, fingerprint, lease_until, expires_at, \
