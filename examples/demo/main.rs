@@ -14,7 +14,7 @@ mod store;
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
-use tokio::{net::TcpListener, signal};
+use tokio::net::TcpListener;
 use tower_idempotency::{Drain, IdempotencyLayer};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
@@ -69,9 +69,10 @@ async fn serve(args: Args) -> Result<(), String> {
     let drain = idempotency.drain();
     let app = api::router(Arc::new(ledger), store.clone(), &idempotency, args.retention);
 
+    let stop = stop_signal().map_err(|error| format!("cannot listen to signals: {error}"))?;
     println!("listening on http://{address}");
     axum::serve(listener, app)
-        .with_graceful_shutdown(stop_signal())
+        .with_graceful_shutdown(stop)
         .await
         .map_err(|error| error.to_string())?;
     finish(&drain).await;
@@ -86,21 +87,21 @@ async fn finish(drain: &Drain) {
     }
 }
 
-async fn stop_signal() {
-    let interrupt = async {
-        let _ = signal::ctrl_c().await;
-    };
-    #[cfg(unix)]
-    let terminate = async {
-        match signal::unix::signal(signal::unix::SignalKind::terminate()) {
-            Ok(mut terminate) => drop(terminate.recv().await),
-            Err(_) => std::future::pending().await,
+/// Listens from now on, before anybody is told that the server is ready and may ask it to stop.
+#[cfg(unix)]
+fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
         }
-    };
-    #[cfg(not(unix))]
-    let terminate = std::future::pending::<()>();
-    tokio::select! {
-        () = interrupt => {}
-        () = terminate => {}
-    }
+    })
+}
+
+#[cfg(not(unix))]
+fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
+    Ok(async { drop(tokio::signal::ctrl_c().await) })
 }

@@ -37,6 +37,10 @@ pub struct App {
     pub inside: Duration,
 }
 
+/// When an attempt came to the timeout below the layer, which counts from later on.
+#[derive(Clone, Copy)]
+struct Since(Instant);
+
 /// The payload of every panic that is a fault and no failure.
 pub const PANIC: &str = "a fault of the test's making";
 
@@ -49,6 +53,10 @@ impl App {
                     StatusCode::INTERNAL_SERVER_ERROR
                 }))
                 .layer(layer.clone().guarantee(promise))
+                .map_request(|mut request: Request| {
+                    request.extensions_mut().insert(Since(Instant::now()));
+                    request
+                })
                 .layer(TimeoutLayer::new(self.inside));
             post(handle).layer(stack)
         };
@@ -161,7 +169,7 @@ impl Drop for Running<'_> {
 async fn handle(State(app): State<App>, request: Request) -> Response {
     let key = key_of(request.uri().path(), request.headers()).expect("it was named");
     let (parts, body) = request.into_parts();
-    let since = Instant::now();
+    let Since(since) = *parts.extensions.get().expect("it came through the stack");
     let body = axum::body::to_bytes(body, usize::MAX)
         .await
         .expect("it was read by the layer");
