@@ -170,10 +170,12 @@ impl Demo {
         panic!("there is no such answer");
     }
 
-    /// Asks again until no request with this key is running any more.
+    /// Asks again until no request with this key is running any more, and the store is there to say so.
     pub async fn settled(&self, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
-        let is_settled =
-            |answer: &Answer| answer.status != StatusCode::CONFLICT || answer.problem() != "request-in-progress";
+        let is_settled = |answer: &Answer| match answer.status {
+            StatusCode::CONFLICT => answer.problem() != "request-in-progress",
+            status => status != StatusCode::SERVICE_UNAVAILABLE,
+        };
         self.until(path, headers, body, is_settled).await
     }
 
