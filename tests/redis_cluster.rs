@@ -19,7 +19,7 @@ use support::{
 };
 use tokio::{task::JoinSet, time::timeout};
 use tower_idempotency::{
-    Begin, RecordId, RedisStore, Retention, Store, StoreErrorKind,
+    Begin, RedisStore, Retention, Store, StoreErrorKind,
     testing::{self, Subject},
 };
 
