@@ -287,7 +287,7 @@ fn r13_records_that_are_missing_or_left_over_or_too_large_are_found() {
 fn good_histories_pass() {
     let lost = Event::Lost { op: 1 };
     let owner_lost = |key| Event::OwnerLost { key };
-    let good: [Vec<Event>; 10] = [
+    let good: [Vec<Event>; 11] = [
         // A claim of which nobody heard is unknown, until its owner says that nothing ran.
         vec![
             invoke(1, KEY),
@@ -300,6 +300,21 @@ fn good_histories_pass() {
             began(3, KEY),
             effect(3),
             first(3, 3),
+        ],
+        // An attempt that was taken over comes to its end after the other, which is what is kept.
+        vec![
+            invoke(1, AGAIN),
+            began(1, AGAIN),
+            owner_lost(AGAIN),
+            invoke(2, AGAIN),
+            began(2, AGAIN),
+            effect(2),
+            first(2, 2),
+            Event::Settled { key: AGAIN },
+            effect(1),
+            first(1, 1),
+            invoke(3, AGAIN),
+            replay(3, 2),
         ],
         // A first answer, a replay, and another request that is refused.
         after(

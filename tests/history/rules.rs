@@ -118,6 +118,8 @@ struct Request {
     has_rival: bool,
     /// An attempt at its key was in doubt while it was open.
     saw_doubt: bool,
+    /// It was open when an attempt at its key was lost, which may be its own.
+    saw_loss: bool,
     is_probe: bool,
 }
 
@@ -175,6 +177,7 @@ impl Checker {
             promised,
             has_rival,
             saw_doubt: register.in_doubt,
+            saw_loss: false,
             is_probe: self.quiet,
         };
         self.ops.insert(op, request);
@@ -240,6 +243,7 @@ impl Checker {
         for open in &register.open {
             if let Some(request) = self.ops.get_mut(open) {
                 request.saw_doubt = true;
+                request.saw_loss = true;
             }
         }
         if key.guarantee == Guarantee::AtLeastOnce {
@@ -366,8 +370,10 @@ impl Checker {
         };
         register.first_replies += usize::from(!replayed);
         let (first_replies, before) = (register.first_replies, register.acknowledged);
-        // Of an attempt in doubt the next one may give another answer, where there may be a next one.
-        if key.guarantee == Guarantee::AtMostOnce || !register.in_doubt {
+        // Of an attempt in doubt the next one may give another answer, where there may be a next one; and one that comes
+        // to its end after it was taken over still answers its own client, whatever is kept by then.
+        let may_be_lost = register.in_doubt || !replayed && request.saw_loss;
+        if key.guarantee == Guarantee::AtMostOnce || !may_be_lost {
             register.acknowledged = Some(Acknowledged {
                 digest,
                 fingerprint,
