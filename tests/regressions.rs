@@ -542,7 +542,19 @@ impl Store for Revived {
         }
         self.memory.begin(id, mine).await
     }
-    pass_on_endings!(memory);
+    async fn complete(&self, lease: &Lease, response: &StoredResponse, keep: Retention) -> Result<(), StoreError> {
+        self.memory.complete(lease, response, keep).await
+    }
+    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+        self.memory.renew(lease, length).await
+    }
+    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.memory.release(lease).await
+    }
+    /// Nobody hears of it, so the lease runs out.
+    async fn abandon(&self, _: &Lease) -> Result<(), StoreError> {
+        Ok(())
+    }
     pass_on_hints!(memory);
 }
 
@@ -550,6 +562,7 @@ impl Store for Revived {
 async fn an_attempt_that_came_back_and_is_lost_again_is_taken_over_then() {
     let layer = IdempotencyLayer::new(Revived::default())
         .guarantee(Guarantee::AtLeastOnce)
+        .lease(Duration::from_secs(1))
         .on_concurrent(Concurrent::Wait(Duration::from_secs(10)));
     let app = answering(&open(), layer, |run, attempt, _| {
         assert!(run > 1, "the first run panics");

@@ -38,6 +38,7 @@ where
     B: RequestBody,
     R: Body,
 {
+    let mut contended = 0;
     loop {
         let Exchange {
             shared,
@@ -50,7 +51,14 @@ where
                 Claimed::All(transaction) => {
                     return Box::pin(exchange.run_in(transaction, transactions)).await;
                 }
-                Claimed::Refused(rejection) => return Step::Done(Ok(exchange.refuse(rejection))),
+                Claimed::Contended(_) if contended < MOST_CONTENDED => {
+                    contended += 1;
+                    sleep(UNTIL_RELEASED * contended).await;
+                    continue;
+                }
+                Claimed::Contended(rejection) | Claimed::Refused(rejection) => {
+                    return Step::Done(Ok(exchange.refuse(rejection)));
+                }
                 Claimed::Found(begin) => Ok(begin),
             },
             Err(error) => Err(error),
@@ -90,7 +98,15 @@ enum Claimed {
     All(Box<dyn Transaction>),
     Found(Begin),
     Refused(Rejection),
+    /// As long as it stays so.
+    Contended(Rejection),
 }
+
+/// A transaction that ends lets go of its locks one after the other. Whoever finds one of them held and another one free
+/// may have come in between; so it looks again, up to this often and after pauses that grow by this, before it is taken
+/// for another request's.
+const MOST_CONTENDED: u32 = 6;
+const UNTIL_RELEASED: Duration = Duration::from_millis(15);
 
 /// All of it was claimed, or the transaction is over and its connection given back.
 async fn claimed(shared: &Shared, identity: &Identity, claim: &Claim, opened: Opened) -> Claimed {
@@ -102,12 +118,14 @@ async fn claimed(shared: &Shared, identity: &Identity, claim: &Claim, opened: Op
     let claimed = match own {
         Found::Acquired => {
             let beside = Fingerprint::beside(&identity.id);
+            let in_flight = others.iter().any(|other| matches!(other, Found::InFlight { .. }));
             match others.into_iter().find_map(|other| not_to_be_had(other, &beside)) {
                 None => return Claimed::All(transaction),
+                Some(rejection) if in_flight => Claimed::Contended(rejection),
                 Some(rejection) => Claimed::Refused(rejection),
             }
         }
-        Found::InFlight { same: false } => Claimed::Refused(Rejection::new(RejectionKind::KeyReused)),
+        Found::InFlight { same: false } => Claimed::Contended(Rejection::new(RejectionKind::KeyReused)),
         // As if its record could be seen already.
         Found::InFlight { same: true } => Claimed::Found(Begin::InProgress {
             fingerprint: claim.fingerprint,
