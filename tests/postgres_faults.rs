@@ -283,6 +283,30 @@ async fn a_server_without_room_refuses_new_keys_and_replays_old_ones() {
 }
 
 #[tokio::test]
+async fn a_connection_failure_that_the_server_reports_is_unavailable_and_the_step_may_be_repeated() {
+    let server = Postgres::start(&[]);
+    let store = connect_patiently(&server.url()).await;
+    let lease = acquire(&store, 1).await;
+    // As a server says it whose own connection broke, such as to a shard or behind a proxy.
+    server
+        .say(
+            "CREATE FUNCTION cut() RETURNS trigger LANGUAGE plpgsql AS \
+             $$BEGIN RAISE EXCEPTION USING ERRCODE = '08006'; END$$; \
+             CREATE TRIGGER cut BEFORE INSERT OR UPDATE ON idempotency_records FOR EACH ROW EXECUTE FUNCTION cut()",
+        )
+        .await;
+    let (own, unavailable) = (claim(), ("08006".to_owned(), StoreErrorKind::Unavailable));
+    assert_eq!(said(store.begin(&id(2), &own).await), unavailable);
+    assert_eq!(
+        said(store.complete(&lease, &answer(), MINUTE.into()).await),
+        unavailable
+    );
+    server.say("DROP TRIGGER cut ON idempotency_records").await;
+    assert!(matches!(store.begin(&id(2), &own).await, Ok(Begin::Acquired(_))));
+    store.complete(&lease, &answer(), MINUTE.into()).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_table_that_is_altered_meanwhile_is_read_anew() {
     let server = Postgres::start(&[]);
     let store = connect_patiently(&server.url()).await;
