@@ -97,7 +97,7 @@ fn checksum(number: u64, bytes: &[u8]) -> [u8; SUM] {
 
 /// The parts of `len` bytes of pages that are each in one group: the first page's number, and where in those bytes.
 fn parts(offset: u64, len: usize) -> io::Result<impl Iterator<Item = (u64, std::ops::Range<usize>)>> {
-    if offset % BLOCK != 0 || len % PAGE != 0 {
+    if !offset.is_multiple_of(BLOCK) || !len.is_multiple_of(PAGE) {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "these are no whole pages"));
     }
     let mut from = 0;
