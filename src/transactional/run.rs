@@ -7,7 +7,7 @@ use http_body::Body;
 use tokio::time::{Instant, sleep, timeout};
 use tower_service::Service;
 
-use super::{Answer, Ended, Found, Opened, Transaction, Transactions};
+use super::{Answer, Ended, Found, Opened, Transaction, Transactions, Whose};
 use crate::{
     attempt::{Reply, call, catch_panic, judge},
     body::{RequestBody, ResponseBody},
@@ -38,7 +38,7 @@ where
     B: RequestBody,
     R: Body,
 {
-    let mut contended = 0;
+    let mut unclear = None;
     loop {
         let Exchange {
             shared,
@@ -51,14 +51,14 @@ where
                 Claimed::All(transaction) => {
                     return Box::pin(exchange.run_in(transaction, transactions)).await;
                 }
-                Claimed::Contended(_) if contended < MOST_CONTENDED => {
-                    contended += 1;
-                    sleep(UNTIL_RELEASED * contended).await;
-                    continue;
+                Claimed::Unclear => {
+                    if unclear.get_or_insert_with(|| Unclear::new(shared)).look_again().await {
+                        continue;
+                    }
+                    // Whoever it is, it is at work. Not a refusal for good: it may be the same request.
+                    Ok(in_progress(claim))
                 }
-                Claimed::Contended(rejection) | Claimed::Refused(rejection) => {
-                    return Step::Done(Ok(exchange.refuse(rejection)));
-                }
+                Claimed::Refused(rejection) => return Step::Done(Ok(exchange.refuse(rejection))),
                 Claimed::Found(begin) => Ok(begin),
             },
             Err(error) => Err(error),
@@ -98,15 +98,50 @@ enum Claimed {
     All(Box<dyn Transaction>),
     Found(Begin),
     Refused(Rejection),
-    /// As long as it stays so.
-    Contended(Rejection),
+    /// Somebody is at work, and it is not to be seen who.
+    Unclear,
 }
 
-/// A transaction that ends lets go of its locks one after the other. Whoever finds one of them held and another one free
-/// may have come in between; so it looks again, up to this often and after pauses that grow by this, before it is taken
-/// for another request's.
-const MOST_CONTENDED: u32 = 6;
-const UNTIL_RELEASED: Duration = Duration::from_millis(15);
+/// How often and how long it is looked again who is at work: a transaction that ends lets go of its locks one after the
+/// other, which takes no time unless its process is held up.
+struct Unclear {
+    /// `None`: in a time that no clock can count.
+    give_up: Option<Instant>,
+    pause: Duration,
+}
+
+const SHORTEST_PAUSE: Duration = Duration::from_millis(2);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+impl Unclear {
+    fn new(shared: &Shared) -> Self {
+        Self {
+            give_up: Instant::now().checked_add(shared.policy.store_timeout),
+            pause: SHORTEST_PAUSE,
+        }
+    }
+
+    /// `false` when the time is over.
+    async fn look_again(&mut self) -> bool {
+        if self
+            .give_up
+            .is_some_and(|give_up| Instant::now() + self.pause > give_up)
+        {
+            return false;
+        }
+        sleep(self.pause).await;
+        self.pause = (2 * self.pause).min(LONGEST_PAUSE);
+        true
+    }
+}
+
+/// As if a record that cannot be seen yet were to be seen already.
+fn in_progress(claim: &Claim) -> Begin {
+    Begin::InProgress {
+        fingerprint: claim.fingerprint,
+        remaining: LOOK_AGAIN + Duration::from_millis(random::below(LOOK_AGAIN.as_millis() as u64)),
+    }
+}
 
 /// All of it was claimed, or the transaction is over and its connection given back.
 async fn claimed(shared: &Shared, identity: &Identity, claim: &Claim, opened: Opened) -> Claimed {
@@ -115,25 +150,33 @@ async fn claimed(shared: &Shared, identity: &Identity, claim: &Claim, opened: Op
         others,
         transaction,
     } = opened;
-    let claimed = match own {
-        Found::Acquired => {
+    let claimed = match (own, transaction) {
+        (Found::Acquired, transaction) => {
             let beside = Fingerprint::beside(&identity.id);
-            let in_flight = others.iter().any(|other| matches!(other, Found::InFlight { .. }));
-            match others.into_iter().find_map(|other| not_to_be_had(other, &beside)) {
-                None => return Claimed::All(transaction),
-                Some(rejection) if in_flight => Claimed::Contended(rejection),
-                Some(rejection) => Claimed::Refused(rejection),
+            // Who has the operation's own record to itself meets of the same operation only what is ending.
+            let unclear = |found: &Found| matches!(found, Found::InFlight(Whose::Same | Whose::Unclear));
+            let is_unclear = others.iter().any(unclear);
+            let refused = others
+                .into_iter()
+                .filter(|found| !unclear(found))
+                .find_map(|other| not_to_be_had(other, &beside));
+            match (refused, transaction) {
+                (None, Some(transaction)) if !is_unclear => return Claimed::All(transaction),
+                (Some(rejection), transaction) => (Claimed::Refused(rejection), transaction),
+                (None, transaction) => (Claimed::Unclear, transaction),
             }
         }
-        Found::InFlight { same: false } => Claimed::Contended(Rejection::new(RejectionKind::KeyReused)),
-        // As if its record could be seen already.
-        Found::InFlight { same: true } => Claimed::Found(Begin::InProgress {
-            fingerprint: claim.fingerprint,
-            remaining: LOOK_AGAIN + Duration::from_millis(random::below(LOOK_AGAIN.as_millis() as u64)),
-        }),
-        Found::Kept(begin) => Claimed::Found(begin),
+        (Found::InFlight(Whose::Another), transaction) => {
+            (Claimed::Refused(Rejection::new(RejectionKind::KeyReused)), transaction)
+        }
+        (Found::InFlight(Whose::Same), transaction) => (Claimed::Found(in_progress(claim)), transaction),
+        (Found::InFlight(Whose::Unclear), transaction) => (Claimed::Unclear, transaction),
+        (Found::Kept(begin), transaction) => (Claimed::Found(begin), transaction),
     };
-    let _ = end(shared, transaction, None).await;
+    let (claimed, transaction) = claimed;
+    if let Some(transaction) = transaction {
+        let _ = end(shared, transaction, None).await;
+    }
     claimed
 }
 
@@ -146,7 +189,7 @@ fn not_to_be_had(other: Found, beside: &Fingerprint) -> Option<Rejection> {
         Found::Kept(Begin::InProgress { fingerprint, .. }) if fingerprint == *beside => RejectionKind::InProgress,
         // A transaction leaves none; one that committed by itself, or another guarantee, did.
         Found::Kept(Begin::Abandoned { fingerprint, .. }) if fingerprint == *beside => RejectionKind::OutcomeUnknown,
-        Found::Kept(_) | Found::InFlight { .. } => {
+        Found::Kept(_) | Found::InFlight(_) => {
             let detail = "one of the keys in the request's body belongs to another operation".to_owned();
             return Some(Rejection::new(RejectionKind::KeyReused).with_detail(detail));
         }
