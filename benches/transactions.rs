@@ -3,7 +3,8 @@
 //!
 //! `cargo bench --bench transactions --features sqlx`. `--seconds N` for each figure [6].
 //!
-//! Each figure is the median of ratios, each within one round: neighbours on the machine disturb both. The server runs
+//! Each figure is the median of ratios, each within one round: neighbours on the machine disturb both, and CPU time the
+//! least. The server runs
 //! without fsync, where all is CPU; with it, as the disk is; and with one that takes a millisecond, by a library that is
 //! loaded before the system's. How often a transaction syncs is counted apart, over a fixed number of them one after the
 //! other: the server's processes tell their counts late, but for those that end.
@@ -101,10 +102,23 @@ async fn in_ours_sqlx(mut transaction: SqlxTransaction) -> String {
 struct Figures {
     rate: f64,
     latency: f64,
+    /// Of this process and of the server's, for each transaction.
+    cpu: f64,
+}
+
+/// Ticks, of which there are a hundred in a second.
+fn cpu(server: &Postgres) -> u64 {
+    let of = |process: u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+        let fields = stat.rsplit(") ").next().unwrap_or_default().split(' ').skip(11).take(2);
+        fields.filter_map(|ticks| ticks.parse::<u64>().ok()).sum::<u64>()
+    };
+    of(std::process::id()) + server.processes().into_iter().map(of).sum::<u64>()
 }
 
 /// So many at once, for this long.
-async fn measure(app: &Router, at_once: usize, time: Duration) -> Figures {
+async fn measure(app: &Router, server: &Postgres, at_once: usize, time: Duration) -> Figures {
+    let ticks = cpu(server);
     let start = Instant::now();
     let tasks: Vec<_> = (0..at_once)
         .map(|_| {
@@ -130,6 +144,7 @@ async fn measure(app: &Router, at_once: usize, time: Duration) -> Figures {
     Figures {
         rate: count / elapsed.as_secs_f64(),
         latency: took[took.len() / 2].as_secs_f64() * 1e6,
+        cpu: (cpu(server) - ticks) as f64 * 1e4 / count,
     }
 }
 
@@ -172,14 +187,14 @@ fn median(mut numbers: Vec<f64>) -> f64 {
 async fn beside(name: &str, server: &Postgres, floor: &Router, ours: &Router, time: Duration) {
     for at_once in [1, 16] {
         // Connections and plans are there.
-        measure(floor, at_once, time / ROUNDS).await;
-        measure(ours, at_once, time / ROUNDS).await;
+        measure(floor, server, at_once, time / ROUNDS).await;
+        measure(ours, server, at_once, time / ROUNDS).await;
         let mut rounds = Vec::new();
         for round in 0..ROUNDS {
             // Who comes first takes turns, too.
             let (first, second) = if round % 2 == 0 { (floor, ours) } else { (ours, floor) };
-            let first = measure(first, at_once, time / ROUNDS).await;
-            let second = measure(second, at_once, time / ROUNDS).await;
+            let first = measure(first, server, at_once, time / ROUNDS).await;
+            let second = measure(second, server, at_once, time / ROUNDS).await;
             rounds.push(if round % 2 == 0 {
                 (first, second)
             } else {
@@ -188,13 +203,17 @@ async fn beside(name: &str, server: &Postgres, floor: &Router, ours: &Router, ti
         }
         let of = |figure: &dyn Fn(&(Figures, Figures)) -> f64| median(rounds.iter().map(figure).collect());
         println!(
-            "{name:34} {at_once:2} at once: {:7.0} µs, ours {:7.0} µs ({:4.2} x); {:6.0}/s, ours {:6.0}/s ({:4.2} x)",
+            "{name:34} {at_once:2} at once: {:7.0} µs, ours {:7.0} µs ({:4.2} x); {:6.0}/s, ours {:6.0}/s ({:4.2} x); \
+             CPU {:6.0} µs, ours {:6.0} µs ({:4.2} x)",
             of(&|(floor, _)| floor.latency),
             of(&|(_, ours)| ours.latency),
             of(&|(floor, ours)| ours.latency / floor.latency),
             of(&|(floor, _)| floor.rate),
             of(&|(_, ours)| ours.rate),
             of(&|(floor, ours)| floor.rate / ours.rate),
+            of(&|(floor, _)| floor.cpu),
+            of(&|(_, ours)| ours.cpu),
+            of(&|(floor, ours)| ours.cpu / floor.cpu),
         );
     }
     let (floor, ours) = (syncs(floor, server).await, syncs(ours, server).await);

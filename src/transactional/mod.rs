@@ -3,8 +3,9 @@
 //!
 //! key → scope → fingerprint → begin and claim in it → decide → run in it | replay | refuse → complete and commit → reply
 //!
-//! [`run`] knows the order. A store that has transactions gives it [`Transactions`].
+//! [`run`] knows the order, `claim` what a claim may have found. A store that has transactions gives it [`Transactions`].
 
+mod claim;
 mod run;
 mod slot;
 

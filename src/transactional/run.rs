@@ -7,26 +7,24 @@ use http_body::Body;
 use tokio::time::{Instant, sleep, timeout};
 use tower_service::Service;
 
-use super::{Answer, Ended, Found, Opened, Transaction, Transactions, Whose};
+use super::{
+    Answer, Ended, Transaction, Transactions,
+    claim::{Claimed, Unclear, begin, claimed, in_progress},
+};
 use crate::{
     attempt::{Reply, call, catch_panic, judge},
     body::{RequestBody, ResponseBody},
     error::{StoreError, StoreErrorKind},
     extract::Attempt,
-    fingerprint::Fingerprint,
     flow::{Exchange, Next, Step, unusable_store},
     grpc,
     guard::Outcome,
     identity::Identity,
-    random,
-    record::{Begin, Claim, Lease, RecordId},
+    record::{Lease, RecordId},
     rejection::{Rejection, RejectionKind},
     shared::Shared,
     store::Call,
 };
-
-/// How soon a duplicate looks again for a transaction on another node. On this one it hears of its end.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// From a look at the store to the answer. Once it is polled it must run to its end; cut, it is rolled back.
 pub(crate) async fn run<S, B, R>(
@@ -74,127 +72,6 @@ where
             }
         }
     }
-}
-
-// ---- begin and claim
-
-async fn begin(
-    shared: &Shared,
-    identity: &Identity,
-    claim: &Claim,
-    transactions: &dyn Transactions,
-) -> Result<Opened, StoreError> {
-    let begin = || shared.call(Call::Pending(transactions.begin(&identity.id, claim, &identity.others)));
-    match begin().await {
-        // A connection that had broken unseen, perhaps. What was begun on it is rolled back.
-        Err(error) if error.is_retryable() => begin().await,
-        result => result,
-    }
-}
-
-/// What follows from what a transaction found.
-enum Claimed {
-    /// The operation's own record, and all others.
-    All(Box<dyn Transaction>),
-    Found(Begin),
-    Refused(Rejection),
-    /// Somebody is at work, and it is not to be seen who.
-    Unclear,
-}
-
-/// How often and how long it is looked again who is at work: a transaction that ends lets go of its locks one after the
-/// other, which takes no time unless its process is held up.
-struct Unclear {
-    /// `None`: in a time that no clock can count.
-    give_up: Option<Instant>,
-    pause: Duration,
-}
-
-const SHORTEST_PAUSE: Duration = Duration::from_millis(2);
-const LONGEST_PAUSE: Duration = Duration::from_millis(100);
-
-impl Unclear {
-    fn new(shared: &Shared) -> Self {
-        Self {
-            give_up: Instant::now().checked_add(shared.policy.store_timeout),
-            pause: SHORTEST_PAUSE,
-        }
-    }
-
-    /// `false` when the time is over.
-    async fn look_again(&mut self) -> bool {
-        if self
-            .give_up
-            .is_some_and(|give_up| Instant::now() + self.pause > give_up)
-        {
-            return false;
-        }
-        sleep(self.pause).await;
-        self.pause = (2 * self.pause).min(LONGEST_PAUSE);
-        true
-    }
-}
-
-/// As if a record that cannot be seen yet were to be seen already.
-fn in_progress(claim: &Claim) -> Begin {
-    Begin::InProgress {
-        fingerprint: claim.fingerprint,
-        remaining: LOOK_AGAIN + Duration::from_millis(random::below(LOOK_AGAIN.as_millis() as u64)),
-    }
-}
-
-/// All of it was claimed, or the transaction is over and its connection given back.
-async fn claimed(shared: &Shared, identity: &Identity, claim: &Claim, opened: Opened) -> Claimed {
-    let Opened {
-        own,
-        others,
-        transaction,
-    } = opened;
-    let claimed = match (own, transaction) {
-        (Found::Acquired, transaction) => {
-            let beside = Fingerprint::beside(&identity.id);
-            // Who has the operation's own record to itself meets of the same operation only what is ending.
-            let unclear = |found: &Found| matches!(found, Found::InFlight(Whose::Same | Whose::Unclear));
-            let is_unclear = others.iter().any(unclear);
-            let refused = others
-                .into_iter()
-                .filter(|found| !unclear(found))
-                .find_map(|other| not_to_be_had(other, &beside));
-            match (refused, transaction) {
-                (None, Some(transaction)) if !is_unclear => return Claimed::All(transaction),
-                (Some(rejection), transaction) => (Claimed::Refused(rejection), transaction),
-                (None, transaction) => (Claimed::Unclear, transaction),
-            }
-        }
-        (Found::InFlight(Whose::Another), transaction) => {
-            (Claimed::Refused(Rejection::new(RejectionKind::KeyReused)), transaction)
-        }
-        (Found::InFlight(Whose::Same), transaction) => (Claimed::Found(in_progress(claim)), transaction),
-        (Found::InFlight(Whose::Unclear), transaction) => (Claimed::Unclear, transaction),
-        (Found::Kept(begin), transaction) => (Claimed::Found(begin), transaction),
-    };
-    let (claimed, transaction) = claimed;
-    if let Some(transaction) = transaction {
-        let _ = end(shared, transaction, None).await;
-    }
-    claimed
-}
-
-/// Why a key beside the operation's own cannot be claimed; see [`claims`](crate::claims).
-fn not_to_be_had(other: Found, beside: &Fingerprint) -> Option<Rejection> {
-    let kind = match other {
-        Found::Acquired => return None,
-        // By an earlier attempt at this operation.
-        Found::Kept(Begin::Completed { fingerprint, .. }) if fingerprint == *beside => return None,
-        Found::Kept(Begin::InProgress { fingerprint, .. }) if fingerprint == *beside => RejectionKind::InProgress,
-        // A transaction leaves none; one that committed by itself, or another guarantee, did.
-        Found::Kept(Begin::Abandoned { fingerprint, .. }) if fingerprint == *beside => RejectionKind::OutcomeUnknown,
-        Found::Kept(_) | Found::InFlight(_) => {
-            let detail = "one of the keys in the request's body belongs to another operation".to_owned();
-            return Some(Rejection::new(RejectionKind::KeyReused).with_detail(detail));
-        }
-    };
-    Some(Rejection::new(kind))
 }
 
 // ---- run → complete and commit → reply
@@ -270,7 +147,7 @@ fn status<R: Body, E>(reply: &Reply<R, E>) -> Option<StatusCode> {
 }
 
 /// Commits with an answer, or rolls back without one. Within its time: a connection that does not answer is given up.
-async fn end(shared: &Shared, transaction: Box<dyn Transaction>, answer: Option<Answer>) -> Ended {
+pub(super) async fn end(shared: &Shared, transaction: Box<dyn Transaction>, answer: Option<Answer>) -> Ended {
     let end = match answer {
         Some(answer) => transaction.commit(answer),
         None => transaction.roll_back(),
