@@ -307,7 +307,7 @@ async fn behind_a_pooler_in_transaction_mode_each_transfer_happens_once() {
             order(
                 &format!("{library:?}-{number}"),
                 5,
-                if number % 3 == 0 { "402" } else { "" },
+                if number.is_multiple_of(3) { "402" } else { "" },
             )
         };
         let asked: Vec<_> = (0..36).map(|number| spawn(&node, order(number % 12))).collect();

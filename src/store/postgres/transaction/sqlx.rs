@@ -93,7 +93,9 @@ impl Open {
         let mut rows = Vec::new();
         for say in flight {
             match say {
-                Say::Plain(sql) => drop(connection.execute(sql).await?),
+                Say::Plain(sql) => {
+                    connection.execute(sql).await?;
+                }
                 Say::Ask(sql, values) => {
                     let asked = values.into_iter().fold(query(&sql), |query, value| match value {
                         Value::Bytes(bytes) => query.bind(bytes.to_vec()),
