@@ -69,14 +69,17 @@ async fn whose_lock_is_let_go_while_it_is_looked_for_runs() {
         };
         let ending = bank.client().await;
         ending.execute("SELECT pg_advisory_lock($1)", &[&lock]).await.unwrap();
-        let request = spawn(&bank.app, order("k", 5, ""));
+        let mut request = spawn(&bank.app, order("k", 5, ""));
         // It has met the lock, or does so just now.
         let meets = RECORDS
             .replace("objsubid = 1", "objsubid = 2")
             .replace("array_agg", "count");
         while ending.query_one(&meets, &[]).await.unwrap().get::<_, i64>(0) == 0 {}
         ending.execute("SELECT pg_advisory_unlock($1)", &[&lock]).await.unwrap();
-        bank.control.entered().await;
+        tokio::select! {
+            () = bank.control.entered() => {}
+            answer = &mut request => panic!("{library:?}: it does not run: {answer:?}"),
+        }
         bank.control.let_go();
         assert_eq!(request.await.unwrap().status, StatusCode::CREATED, "{library:?}");
         assert_eq!(bank.books().await, (1, MONEY));

@@ -159,20 +159,22 @@ impl redb::StorageBackend for Backend {
     }
 }
 
-/// Why a store that was open takes no more work.
+/// Why a call failed: all of them, if the store takes no more work.
 #[derive(Clone, Debug)]
 pub(super) struct Broken {
     pub(super) file: Arc<str>,
+    /// Whether the file is only opened again, and the store goes on.
+    pub(super) goes_on: bool,
     pub(super) cause: Option<Arc<redb::Error>>,
 }
 
 impl fmt::Display for Broken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} failed and takes no more work until it is opened again",
-            self.file
-        )
+        let file = &self.file;
+        match self.goes_on {
+            true => write!(f, "{file} failed with this call, and is opened again"),
+            false => write!(f, "{file} failed and takes no more work until it is opened again"),
+        }
     }
 }
 

@@ -55,7 +55,11 @@ impl Shared {
             let file = Arc::clone(&self.file);
             let said = cause.as_ref().map(tracing::field::display);
             tracing::error!(%file, cause = said, "the idempotency store failed; open it again");
-            Broken { file, cause }
+            Broken {
+                file,
+                goes_on: false,
+                cause,
+            }
         });
         broken.clone()
     }

@@ -221,10 +221,13 @@ impl Writer {
                 self.shared.damaged.store(true, SeqCst);
                 self.reopen();
             }
-            Some(Failed::Unknown) | None => drop(self.shared.fail(Some(Arc::clone(&cause)))),
+            Some(Failed::Unknown) | None => return self.shared.fail(Some(cause)),
         }
-        let cause = Some(cause);
-        Broken { file, cause }
+        Broken {
+            file,
+            goes_on: self.shared.broken.get().is_none(),
+            cause: Some(cause),
+        }
     }
 
     /// redb takes no more work after any error. After one that was only for want of room its file is as good as ever, and

@@ -3,7 +3,6 @@
 mod builder;
 mod connection;
 pub(crate) mod failure;
-mod hints;
 mod purge;
 pub(crate) mod record;
 mod server;
@@ -22,12 +21,11 @@ pub use self::transaction::SqlxTransaction;
 pub use self::{builder::PostgresStoreBuilder, table::PostgresTable, transaction::PostgresTransaction};
 use self::{
     connection::{Connections, Value},
-    hints::Hints,
     record::{COMPLETED, FIRST, Found, Row},
     statements::{Statements, micros, retention_micros},
     waiters::{Waiters, Wake},
 };
-use super::Store;
+use super::{Store, hints::Hints};
 use crate::{
     codec::StoredResponse,
     error::{StoreError, StoreErrorKind},
@@ -106,6 +104,8 @@ impl fmt::Debug for PostgresStore {
 impl Store for PostgresStore {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         let begin = self.inner.begin(id, claim).await?;
+        // None of what is still going on: a look succeeds on a server that became a replica, where that may be otherwise
+        // by now. A claim fails there, and its connection is given up.
         if let Begin::Completed { .. } = begin {
             self.inner.hints.add(id);
         }

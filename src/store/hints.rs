@@ -6,25 +6,22 @@ use crate::record::RecordId;
 
 const PLACES: usize = 1 << 16;
 
-/// A replay that is expected is looked for at once, and anything else is claimed first. What is expected decides only what
-/// is asked first, never what is answered; so a place is simply taken by whoever comes last. They are half a mebibyte, for
+/// A replay that is expected is a plain read, which costs a server less than a claim. What is expected decides only what is
+/// asked first, never what is answered; so a place is simply taken by whoever comes last. They are half a mebibyte, for
 /// the requests of a minute where there are a thousand a second.
-///
-/// Only those completed: a look succeeds on a server that became a replica meanwhile, where what is still going on, or
-/// vacant, may be otherwise by now. A claim fails there, and its connection is given up.
-pub(super) struct Hints(Box<[AtomicU64]>);
+pub(in crate::store) struct Hints(Box<[AtomicU64]>);
 
 impl Hints {
-    pub(super) fn new() -> Self {
+    pub(in crate::store) fn new() -> Self {
         Self((0..PLACES).map(|_| AtomicU64::new(0)).collect())
     }
 
-    pub(super) fn add(&self, id: &RecordId) {
+    pub(in crate::store) fn add(&self, id: &RecordId) {
         let (place, name) = self.place(id);
         place.store(name, Relaxed);
     }
 
-    pub(super) fn has(&self, id: &RecordId) -> bool {
+    pub(in crate::store) fn has(&self, id: &RecordId) -> bool {
         let (place, name) = self.place(id);
         place.load(Relaxed) == name
     }
