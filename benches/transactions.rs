@@ -3,9 +3,11 @@
 //!
 //! `cargo bench --bench transactions --features sqlx`. `--seconds N` for each figure [6].
 //!
-//! Each figure is the median of ratios, each within one round: neighbours on the machine disturb both. The server runs
+//! Each figure is the median of ratios, each within one round: neighbours on the machine disturb both, and CPU time the
+//! least. The server runs
 //! without fsync, where all is CPU; with it, as the disk is; and with one that takes a millisecond, by a library that is
-//! loaded before the system's.
+//! loaded before the system's. How often a transaction syncs is counted apart, over a fixed number of them one after the
+//! other: the server's processes tell their counts late, but for those that end.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "../tests/support/postgres.rs"]
@@ -100,13 +102,23 @@ async fn in_ours_sqlx(mut transaction: SqlxTransaction) -> String {
 struct Figures {
     rate: f64,
     latency: f64,
-    syncs: f64,
+    /// Of this process and of the server's, for each transaction.
+    cpu: f64,
+}
+
+/// Ticks, of which there are a hundred in a second.
+fn cpu(server: &Postgres) -> u64 {
+    let of = |process: u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+        let fields = stat.rsplit(") ").next().unwrap_or_default().split(' ').skip(11).take(2);
+        fields.filter_map(|ticks| ticks.parse::<u64>().ok()).sum::<u64>()
+    };
+    of(std::process::id()) + server.processes().into_iter().map(of).sum::<u64>()
 }
 
 /// So many at once, for this long.
 async fn measure(app: &Router, server: &Postgres, at_once: usize, time: Duration) -> Figures {
-    let syncs = || server.ask::<i64>("SELECT wal_sync FROM pg_stat_wal");
-    let before = syncs().await;
+    let ticks = cpu(server);
     let start = Instant::now();
     let tasks: Vec<_> = (0..at_once)
         .map(|_| {
@@ -114,12 +126,8 @@ async fn measure(app: &Router, server: &Postgres, at_once: usize, time: Duration
             tokio::spawn(async move {
                 let mut took = Vec::new();
                 while start.elapsed() < time {
-                    let key = NEXT.fetch_add(1, Relaxed).to_string();
-                    let request = Request::post("/").header("idempotency-key", key);
-                    let request = request.body(Body::from("{}")).unwrap();
                     let start = Instant::now();
-                    let response = app.clone().oneshot(request).await.unwrap();
-                    assert_eq!(response.status(), 200);
+                    ask(&app).await;
                     took.push(start.elapsed());
                 }
                 took
@@ -136,8 +144,39 @@ async fn measure(app: &Router, server: &Postgres, at_once: usize, time: Duration
     Figures {
         rate: count / elapsed.as_secs_f64(),
         latency: took[took.len() / 2].as_secs_f64() * 1e6,
-        syncs: (syncs().await - before) as f64 / count,
+        cpu: (cpu(server) - ticks) as f64 * 1e4 / count,
     }
+}
+
+async fn ask(app: &Router) {
+    let key = NEXT.fetch_add(1, Relaxed).to_string();
+    let request = Request::post("/").header("idempotency-key", key);
+    let request = request.body(Body::from("{}")).unwrap();
+    let response = app.clone().oneshot(request).await.unwrap();
+    assert_eq!(response.status(), 200);
+}
+
+const COUNTED: u32 = 300;
+
+/// How often the log is synced for one transaction.
+async fn syncs(app: &Router, server: &Postgres) -> f64 {
+    server.say("SELECT pg_switch_wal()").await;
+    let before = count_syncs(server).await;
+    for _ in 0..COUNTED {
+        ask(app).await;
+    }
+    (count_syncs(server).await - before) as f64 / f64::from(COUNTED)
+}
+
+async fn count_syncs(server: &Postgres) -> i64 {
+    let client = server.client().await;
+    let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
+               WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
+    while client.query_one(end, &[]).await.unwrap().get::<_, i64>(0) > 0 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let count = client.query_one("SELECT wal_sync FROM pg_stat_wal", &[]).await.unwrap();
+    count.get(0)
 }
 
 fn median(mut numbers: Vec<f64>) -> f64 {
@@ -165,21 +204,31 @@ async fn beside(name: &str, server: &Postgres, floor: &Router, ours: &Router, ti
         let of = |figure: &dyn Fn(&(Figures, Figures)) -> f64| median(rounds.iter().map(figure).collect());
         println!(
             "{name:34} {at_once:2} at once: {:7.0} µs, ours {:7.0} µs ({:4.2} x); {:6.0}/s, ours {:6.0}/s ({:4.2} x); \
-             syncs {:4.2}, ours {:4.2}",
+             CPU {:6.0} µs, ours {:6.0} µs ({:4.2} x)",
             of(&|(floor, _)| floor.latency),
             of(&|(_, ours)| ours.latency),
             of(&|(floor, ours)| ours.latency / floor.latency),
             of(&|(floor, _)| floor.rate),
             of(&|(_, ours)| ours.rate),
             of(&|(floor, ours)| floor.rate / ours.rate),
-            of(&|(floor, _)| floor.syncs),
-            of(&|(_, ours)| ours.syncs),
+            of(&|(floor, _)| floor.cpu),
+            of(&|(_, ours)| ours.cpu),
+            of(&|(floor, ours)| ours.cpu / floor.cpu),
         );
     }
+    let (floor, ours) = (syncs(floor, server).await, syncs(ours, server).await);
+    println!("{name:34} syncs for each: {floor:5.3}, ours {ours:5.3}");
 }
 
 async fn run(name: &str, fsync: &str, time: Duration) {
-    let server = Postgres::start(&[fsync, "shared_buffers=128MB"]);
+    let quiet = [
+        "autovacuum=off",
+        "checkpoint_timeout=1h",
+        "max_wal_size=8GB",
+        "wal_writer_delay=10s",
+    ];
+    let settings: Vec<_> = [fsync, "shared_buffers=128MB"].into_iter().chain(quiet).collect();
+    let server = Postgres::start(&settings);
     let pool = server.pool(20);
     let tables = format!(
         "CREATE TABLE accounts (id bigint PRIMARY KEY, balance bigint NOT NULL) WITH (fillfactor = 70);
@@ -193,7 +242,11 @@ async fn run(name: &str, fsync: &str, time: Duration) {
         .connect(&server.url())
         .await
         .unwrap();
-    let store = PostgresStore::builder().connect_pool(pool.clone()).await.unwrap();
+    let store = PostgresStore::builder()
+        .purge_every(None)
+        .connect_pool(pool.clone())
+        .await
+        .unwrap();
     let layer = |store| {
         IdempotencyLayer::new(store)
             .guarantee(Guarantee::Transactional)

@@ -1,6 +1,7 @@
 //! A transfer between two accounts, before and after: what a retry pays twice becomes what happens exactly once.
 //!
-//! `cargo run --example transaction --features sqlx -- postgres://postgres@127.0.0.1/postgres`, then
+//! `cargo run --example transaction --features sqlx -- postgres://postgres@127.0.0.1/postgres`, with an address as well if
+//! it is not to be 127.0.0.1:3000, then
 //!
 //! ```sh
 //! curl -i 127.0.0.1:3000/transfers -H 'Idempotency-Key: k1' -H 'Content-Type: application/json' \
@@ -101,7 +102,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         )
         .with_state(pool);
 
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", 3000)).await?;
+    let address = std::env::args().nth(2).unwrap_or_else(|| "127.0.0.1:3000".to_owned());
+    let listener = tokio::net::TcpListener::bind(address).await?;
     println!("listening on http://{}", listener.local_addr()?);
     axum::serve(listener, app).await?;
     Ok(())

@@ -689,6 +689,16 @@ async fn a_crash_is_recovered_from_without_reading_all_of_the_file() {
     assert!(reads[1] < 2000, "{reads:?} reads for 500 and for 10,000 records");
 }
 
+/// Of version 2, with one completed record.
+async fn version_2(machine: &Machine) -> Vec<u8> {
+    let builder = FileStore::builder("simulated").medium(machine.medium.clone());
+    let builder = builder.clock(machine.clock.clone()).page_checksums(false);
+    let store = builder.open().await.unwrap();
+    complete(&store, 1, Retention::Forever).await;
+    store.close().await;
+    machine.medium.bytes()
+}
+
 /// A file of version 1 is the tables alone.
 fn without_journal(whole: &[u8]) -> Vec<u8> {
     let journal = u64::from_le_bytes(whole[22..30].try_into().unwrap());
@@ -698,12 +708,21 @@ fn without_journal(whole: &[u8]) -> Vec<u8> {
 #[tokio::test]
 async fn a_file_of_version_1_is_used_as_it_is() {
     let machine = Machine::new();
-    let store = machine.open().await;
-    complete(&store, 1, Retention::Forever).await;
-    store.close().await;
+    let whole = version_2(&machine).await;
+    an_old_file_is_used_as_it_is(without_journal(&whole), b"redb", machine.clock).await;
+}
+
+#[tokio::test]
+async fn a_file_of_version_2_is_used_as_it_is() {
+    let machine = Machine::new();
+    let whole = version_2(&machine).await;
+    an_old_file_is_used_as_it_is(whole, b"tower-idempotency\x02", machine.clock).await;
+}
+
+async fn an_old_file_is_used_as_it_is(bytes: Vec<u8>, begins: &[u8], clock: TestClock) {
     let old = Machine {
-        medium: Failing::with(without_journal(&machine.medium.bytes())),
-        clock: machine.clock.clone(),
+        medium: Failing::with(bytes),
+        clock,
     };
     let store = old.open().await;
     assert_eq!(state(&store, 1).await, "completed");
@@ -717,7 +736,7 @@ async fn a_file_of_version_1_is_used_as_it_is() {
         assert_eq!(found, ("completed", "completed", "abandoned"));
         store.release(&lease).await.unwrap();
         store.close().await;
-        assert!(old.medium.bytes().starts_with(b"redb"), "it stays what it is");
+        assert!(old.medium.bytes().starts_with(begins), "it stays what it is");
     }
 }
 

@@ -10,14 +10,15 @@ use std::{
 };
 
 use http::StatusCode;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use support::{
-    app::{Control, call, gated, spawn},
+    app::{Control, call, gated, open, spawn},
     bank::{self, ACCOUNTS, BALANCE, BOTH, Bank, Library, PATIENCE, order},
     commit_proxy::{CommitProxy, Cut},
-    postgres::{self, Postgres},
+    postgres::{self, Bouncer, Postgres},
     serve::assert_replay,
 };
-use tower_idempotency::{Guarantee, IdempotencyLayer};
+use tower_idempotency::{Guarantee, IdempotencyLayer, PostgresStore};
 
 const MONEY: i64 = ACCOUNTS * BALANCE;
 
@@ -94,8 +95,14 @@ async fn a_commit_that_may_have_arrived_is_not_looked_for_before_it_is_over() {
 
 #[tokio::test]
 async fn a_commit_that_is_slow_to_end_is_waited_for() {
-    // The answer to the COMMIT is lost while a trigger holds it up: nothing is there to be seen yet.
+    // The answer to the COMMIT is lost while a trigger holds it up: nothing is there to be seen yet. Nor later on by a
+    // transaction that sees what there was when it began, as those of the node do.
     let bank = Bank::of(Library::TokioPostgres).await;
+    bank.say(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation = serializable', \
+              current_database()); END $$",
+    )
+    .await;
     bank.say(
         "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS \
               $$ BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END $$; \
@@ -214,6 +221,119 @@ async fn a_conflict_of_serializable_transactions_is_rolled_back_and_the_client_m
             "{library:?}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_deadlock_within_a_handler_undoes_its_request_and_the_next_one_runs() {
+    for library in BOTH {
+        let bank = Bank::with(library, gated(), |layer| layer).await;
+        let other = bank.client().await;
+        // It waits longer before it looks for one, so that it is the handler's transaction that is undone.
+        let rows = "SET deadlock_timeout = '1h'; BEGIN; UPDATE accounts SET balance = balance + 7 WHERE id = 3";
+        other.batch_execute(rows).await.unwrap();
+        let then = "UPDATE accounts SET balance = balance - 7 WHERE id = 3";
+        let first = spawn(&bank.app, order("k", 5, then));
+        bank.control.entered().await;
+        let meanwhile = async {
+            let take = "UPDATE accounts SET balance = balance - 7 WHERE id = 1; COMMIT";
+            other.batch_execute(take).await.unwrap();
+        };
+        let undone = async {
+            let waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                         AND wait_event_type = 'Lock'";
+            while bank.look::<i64>(waits).await == 0 {}
+            bank.control.let_go();
+            first.await.unwrap()
+        };
+        let ((), first) = tokio::join!(meanwhile, undone);
+        assert_eq!(first.status.as_u16(), 503, "{library:?} {first:?}");
+        assert_eq!((bank.books().await, bank.records().await), ((0, MONEY), 0));
+        bank.control.let_go();
+        assert_eq!(bank.ask(order("k", 5, then)).await.status, StatusCode::CREATED);
+        assert_eq!(
+            (bank.books().await, bank.control.runs()),
+            ((1, MONEY - 7), 2),
+            "{library:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_conflict_within_a_handler_undoes_its_request_and_the_next_one_runs() {
+    let server = Arc::new(Postgres::start(&["default_transaction_isolation=repeatable read"]));
+    for library in BOTH {
+        let bank = Bank::on(&server, library, gated(), |layer| layer).await;
+        let then = "UPDATE accounts SET balance = balance - 7 WHERE id = 3";
+        let first = spawn(&bank.app, order("k", 5, then));
+        bank.control.entered().await;
+        bank.say("UPDATE accounts SET balance = balance + 7 WHERE id = 3").await;
+        bank.control.let_go();
+        let first = first.await.unwrap();
+        assert_eq!(first.status.as_u16(), 503, "{library:?} {first:?}");
+        assert_eq!((bank.books().await, bank.records().await), ((0, MONEY + 7), 0));
+        bank.control.let_go();
+        assert_eq!(bank.ask(order("k", 5, then)).await.status, StatusCode::CREATED);
+        assert_eq!(
+            (bank.books().await, bank.control.runs()),
+            ((1, MONEY), 2),
+            "{library:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn behind_a_pooler_in_transaction_mode_each_transfer_happens_once() {
+    let server = Postgres::start(&[]);
+    bank::create_tables(&server.pool(1)).await;
+    let bouncer = Bouncer::before(&server, 3);
+    for (round, library) in BOTH.into_iter().enumerate() {
+        let builder = PostgresStore::builder().timeout(PATIENCE).prepared_statements(false);
+        let store = builder.connect_pool(postgres::pool(&bouncer.url(), 8)).await.unwrap();
+        let store = match library {
+            Library::TokioPostgres => store,
+            Library::Sqlx => {
+                let options: PgConnectOptions = bouncer.url().parse().unwrap();
+                // The pooler knows nothing of either.
+                let options = options.extra_float_digits(None).statement_cache_capacity(0);
+                store.with_sqlx(PgPoolOptions::new().max_connections(8).connect_lazy_with(options))
+            }
+        };
+        let layer = IdempotencyLayer::new(store)
+            .guarantee(Guarantee::Transactional)
+            .store_timeout(2 * PATIENCE);
+        let control = open();
+        let node = bank::app(&control, layer);
+        let order = |number: u32| {
+            order(
+                &format!("{library:?}-{number}"),
+                5,
+                if number.is_multiple_of(3) { "402" } else { "" },
+            )
+        };
+        let asked: Vec<_> = (0..36).map(|number| spawn(&node, order(number % 12))).collect();
+        for answer in asked {
+            let answer = answer.await.unwrap();
+            let status = answer.status.as_u16();
+            assert!([201, 402, 409].contains(&status), "{library:?} {answer:?}");
+            if status == 409 {
+                assert_eq!(answer.problem(), "request-in-progress");
+            }
+        }
+        for number in 0..12 {
+            assert!(call(&node, order(number)).await.is_replay(), "{library:?} {number}");
+            let other = call(&node, bank::order(&format!("{library:?}-{number}"), 6, "")).await;
+            assert_eq!(other.problem(), "idempotency-key-reused", "{library:?}");
+        }
+        assert_eq!(control.runs(), 12, "{library:?}");
+        let transfers: i64 = server.ask("SELECT count(*) FROM transfers").await;
+        assert_eq!(transfers, 8 * (round as i64 + 1), "{library:?}");
+        let sum: i64 = server.ask("SELECT sum(balance)::bigint FROM accounts").await;
+        assert_eq!(sum, MONEY);
+    }
+    let sessions = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' \
+                    AND pid <> pg_backend_pid()";
+    let sessions: i64 = server.ask(sessions).await;
+    assert!(sessions <= 3, "{sessions} sessions of the server");
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@
 //! same run, before and after; figures of different runs say little about each other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[cfg(feature = "postgres")]
+#[cfg(any(feature = "postgres", feature = "redis"))]
 mod beside;
 mod file;
 #[cfg(feature = "postgres")]

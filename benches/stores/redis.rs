@@ -103,12 +103,13 @@ pub async fn measure(options: &Options) {
         time: options.time,
     };
     let done = cycle(&store, DAY).await;
-    say(&floor, set("done", COMPLETED)).await;
+    say(&floor, set(&key(u64::MAX), COMPLETED)).await;
     for at_once in [1, 16, 64, 256] {
         let (plain, own) = (floor.clone(), store.clone());
+        let kept = key(u64::MAX);
         let get = move || {
-            let plain = plain.clone();
-            async move { say(&plain, redis::cmd("GET").arg("done").clone()).await }
+            let (plain, get) = (plain.clone(), redis::cmd("GET").arg(&kept).clone());
+            async move { say(&plain, get).await }
         };
         let look = move || {
             let own = own.clone();
@@ -156,7 +157,7 @@ pub async fn measure(options: &Options) {
             .beside("claim and completion / 2 SET", at_once, twice, cycle)
             .await;
         say(&floor, redis::cmd("FLUSHALL")).await;
-        say(&floor, set("done", COMPLETED)).await;
+        say(&floor, set(&key(u64::MAX), COMPLETED)).await;
         replay_again(&store, &done).await;
     }
 }

@@ -5,6 +5,8 @@ mod any;
 mod cached;
 #[cfg(feature = "file")]
 mod file;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+mod hints;
 mod memory;
 #[cfg(feature = "postgres")]
 pub(crate) mod postgres;

@@ -3,8 +3,9 @@
 //!
 //! key → scope → fingerprint → begin and claim in it → decide → run in it | replay | refuse → complete and commit → reply
 //!
-//! [`run`] knows the order. A store that has transactions gives it [`Transactions`].
+//! [`run`] knows the order, `claim` what a claim may have found. A store that has transactions gives it [`Transactions`].
 
+mod claim;
 mod run;
 mod slot;
 
@@ -49,7 +50,8 @@ pub(crate) struct Opened {
     pub(crate) own: Found,
     /// In the order in which they were asked for.
     pub(crate) others: Vec<Found>,
-    pub(crate) transaction: Box<dyn Transaction>,
+    /// `None` if it is over, because not all was acquired.
+    pub(crate) transaction: Option<Box<dyn Transaction>>,
 }
 
 /// What a claim in a transaction found.
@@ -57,10 +59,19 @@ pub(crate) struct Opened {
 pub(crate) enum Found {
     /// A vacant record, which is claimed now.
     Acquired,
-    /// Another transaction has claimed it and is not over: of the same request, or of another one.
-    InFlight { same: bool },
+    /// Another transaction has claimed it and is not over.
+    InFlight(Whose),
     /// A record that was committed; never `Acquired`.
     Kept(Begin),
+}
+
+/// Which request a transaction belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Whose {
+    Same,
+    Another,
+    /// It cannot be seen now: it is being ended, most likely, and gone in a moment.
+    Unclear,
 }
 
 /// An open transaction. Dropped without an end, it is rolled back.

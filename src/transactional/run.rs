@@ -7,26 +7,24 @@ use http_body::Body;
 use tokio::time::{Instant, sleep, timeout};
 use tower_service::Service;
 
-use super::{Answer, Ended, Found, Opened, Transaction, Transactions};
+use super::{
+    Answer, Ended, Transaction, Transactions,
+    claim::{Claimed, Unclear, begin, claimed, in_progress},
+};
 use crate::{
     attempt::{Reply, call, catch_panic, judge},
     body::{RequestBody, ResponseBody},
     error::{StoreError, StoreErrorKind},
     extract::Attempt,
-    fingerprint::Fingerprint,
     flow::{Exchange, Next, Step, unusable_store},
     grpc,
     guard::Outcome,
     identity::Identity,
-    random,
-    record::{Begin, Claim, Lease, RecordId},
+    record::{Lease, RecordId},
     rejection::{Rejection, RejectionKind},
     shared::Shared,
     store::Call,
 };
-
-/// How soon a duplicate looks again for a transaction on another node. On this one it hears of its end.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// From a look at the store to the answer. Once it is polled it must run to its end; cut, it is rolled back.
 pub(crate) async fn run<S, B, R>(
@@ -38,7 +36,7 @@ where
     B: RequestBody,
     R: Body,
 {
-    let mut contended = 0;
+    let mut unclear = None;
     loop {
         let Exchange {
             shared,
@@ -51,14 +49,14 @@ where
                 Claimed::All(transaction) => {
                     return Box::pin(exchange.run_in(transaction, transactions)).await;
                 }
-                Claimed::Contended(_) if contended < MOST_CONTENDED => {
-                    contended += 1;
-                    sleep(UNTIL_RELEASED * contended).await;
-                    continue;
+                Claimed::Unclear => {
+                    if unclear.get_or_insert_with(|| Unclear::new(shared)).look_again().await {
+                        continue;
+                    }
+                    // Whoever it is, it is at work. Not a refusal for good: it may be the same request.
+                    Ok(in_progress(claim))
                 }
-                Claimed::Contended(rejection) | Claimed::Refused(rejection) => {
-                    return Step::Done(Ok(exchange.refuse(rejection)));
-                }
+                Claimed::Refused(rejection) => return Step::Done(Ok(exchange.refuse(rejection))),
                 Claimed::Found(begin) => Ok(begin),
             },
             Err(error) => Err(error),
@@ -74,84 +72,6 @@ where
             }
         }
     }
-}
-
-// ---- begin and claim
-
-async fn begin(
-    shared: &Shared,
-    identity: &Identity,
-    claim: &Claim,
-    transactions: &dyn Transactions,
-) -> Result<Opened, StoreError> {
-    let begin = || shared.call(Call::Pending(transactions.begin(&identity.id, claim, &identity.others)));
-    match begin().await {
-        // A connection that had broken unseen, perhaps. What was begun on it is rolled back.
-        Err(error) if error.is_retryable() => begin().await,
-        result => result,
-    }
-}
-
-/// What follows from what a transaction found.
-enum Claimed {
-    /// The operation's own record, and all others.
-    All(Box<dyn Transaction>),
-    Found(Begin),
-    Refused(Rejection),
-    /// As long as it stays so.
-    Contended(Rejection),
-}
-
-/// A transaction that ends lets go of its locks one after the other. Whoever finds one of them held and another one free
-/// may have come in between; so it looks again, up to this often and after pauses that grow by this, before it is taken
-/// for another request's.
-const MOST_CONTENDED: u32 = 6;
-const UNTIL_RELEASED: Duration = Duration::from_millis(15);
-
-/// All of it was claimed, or the transaction is over and its connection given back.
-async fn claimed(shared: &Shared, identity: &Identity, claim: &Claim, opened: Opened) -> Claimed {
-    let Opened {
-        own,
-        others,
-        transaction,
-    } = opened;
-    let claimed = match own {
-        Found::Acquired => {
-            let beside = Fingerprint::beside(&identity.id);
-            let in_flight = others.iter().any(|other| matches!(other, Found::InFlight { .. }));
-            match others.into_iter().find_map(|other| not_to_be_had(other, &beside)) {
-                None => return Claimed::All(transaction),
-                Some(rejection) if in_flight => Claimed::Contended(rejection),
-                Some(rejection) => Claimed::Refused(rejection),
-            }
-        }
-        Found::InFlight { same: false } => Claimed::Contended(Rejection::new(RejectionKind::KeyReused)),
-        // As if its record could be seen already.
-        Found::InFlight { same: true } => Claimed::Found(Begin::InProgress {
-            fingerprint: claim.fingerprint,
-            remaining: LOOK_AGAIN + Duration::from_millis(random::below(LOOK_AGAIN.as_millis() as u64)),
-        }),
-        Found::Kept(begin) => Claimed::Found(begin),
-    };
-    let _ = end(shared, transaction, None).await;
-    claimed
-}
-
-/// Why a key beside the operation's own cannot be claimed; see [`claims`](crate::claims).
-fn not_to_be_had(other: Found, beside: &Fingerprint) -> Option<Rejection> {
-    let kind = match other {
-        Found::Acquired => return None,
-        // By an earlier attempt at this operation.
-        Found::Kept(Begin::Completed { fingerprint, .. }) if fingerprint == *beside => return None,
-        Found::Kept(Begin::InProgress { fingerprint, .. }) if fingerprint == *beside => RejectionKind::InProgress,
-        // A transaction leaves none; one that committed by itself, or another guarantee, did.
-        Found::Kept(Begin::Abandoned { fingerprint, .. }) if fingerprint == *beside => RejectionKind::OutcomeUnknown,
-        Found::Kept(_) | Found::InFlight { .. } => {
-            let detail = "one of the keys in the request's body belongs to another operation".to_owned();
-            return Some(Rejection::new(RejectionKind::KeyReused).with_detail(detail));
-        }
-    };
-    Some(Rejection::new(kind))
 }
 
 // ---- run → complete and commit → reply
@@ -227,7 +147,7 @@ fn status<R: Body, E>(reply: &Reply<R, E>) -> Option<StatusCode> {
 }
 
 /// Commits with an answer, or rolls back without one. Within its time: a connection that does not answer is given up.
-async fn end(shared: &Shared, transaction: Box<dyn Transaction>, answer: Option<Answer>) -> Ended {
+pub(super) async fn end(shared: &Shared, transaction: Box<dyn Transaction>, answer: Option<Answer>) -> Ended {
     let end = match answer {
         Some(answer) => transaction.commit(answer),
         None => transaction.roll_back(),

@@ -308,8 +308,13 @@ async fn transfer(
         }
         // A statement of the handler's own; what becomes of it is the handler's own mistake.
         sql if sql.contains(' ') || sql == "COMMIT" || sql == "ROLLBACK" => {
-            let _ = transaction.run(sql).await;
-            answer
+            match transaction.run(sql).await {
+                // Because of another transaction: nothing is kept of it, and the client tries again.
+                Err(error) if error.contains("deadlock detected") || error.contains("could not serialize") => {
+                    StatusCode::SERVICE_UNAVAILABLE.into_response()
+                }
+                _ => answer,
+            }
         }
         status => StatusCode::from_u16(status.parse().expect("a status"))
             .expect("a status")

@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, RwLock,
-        atomic::{AtomicU64, AtomicUsize},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize},
     },
     thread,
 };
@@ -56,8 +56,8 @@ impl FileStoreBuilder {
         self
     }
 
-    /// Whether opening the file reads and checks all of it. A record is checked whenever it is read; this also finds bits
-    /// that flipped in the pages which lead to records, and which may hide one. Default: no.
+    /// Whether opening the file reads and checks all of it. What is read is checked in any case; this finds what was
+    /// changed elsewhere before it is needed. Default: no.
     pub fn verify(mut self, verify: bool) -> Self {
         self.settings.verify = verify;
         self
@@ -67,6 +67,13 @@ impl FileStoreBuilder {
     #[cfg(feature = "testing")]
     pub fn journal_bytes(mut self, bytes: u64) -> Self {
         self.settings.journal_bytes = bytes;
+        self
+    }
+
+    /// Whether a new file has checksums under its pages, as from version 3 of the format on. Default: yes.
+    #[cfg(feature = "testing")]
+    pub fn page_checksums(mut self, page_checksums: bool) -> Self {
+        self.settings.page_checksums = page_checksums;
         self
     }
 
@@ -123,7 +130,8 @@ impl FileStoreBuilder {
         };
         let fresh = medium.is_empty().map_err(|source| FileStoreError::io(path, source))?;
         let layout = if fresh {
-            Layout::make(&medium, self.settings.journal_bytes).map_err(|source| FileStoreError::io(path, source))?
+            let made = Layout::make(&medium, self.settings.journal_bytes, self.settings.page_checksums);
+            made.map_err(|source| FileStoreError::io(path, source))?
         } else {
             Layout::read(&medium).map_err(|source| engine::not_laid_out(path, source))?
         };
@@ -159,6 +167,7 @@ impl FileStoreBuilder {
             records: AtomicU64::new(records),
             listeners: Listeners::default(),
             broken: BrokenCell::new(),
+            damaged: AtomicBool::new(false),
             closed_at: AtomicU64::new(0),
             closed: watch::Sender::new(false),
         });

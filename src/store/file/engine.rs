@@ -14,6 +14,7 @@ use super::{
     error::{FileStoreError, FileStoreErrorKind},
     layout::{Layout, Region, Unknown},
     medium::{Medium, Spare, is_full},
+    pages::{self, ChangedPage, Pages},
 };
 use crate::error::{StoreError, StoreErrorKind};
 
@@ -22,6 +23,8 @@ use crate::error::{StoreError, StoreErrorKind};
 pub(super) struct Backend {
     medium: Arc<dyn Medium>,
     layout: Layout,
+    /// `None` in a file that has no checksums under its pages.
+    pages: Option<Arc<Pages>>,
     pub(super) spare: Arc<Spare>,
     failed: Arc<Mutex<Option<Failed>>>,
 }
@@ -31,6 +34,8 @@ pub(super) struct Backend {
 pub(super) enum Failed {
     /// Only for want of room: opening the file again is enough.
     Full,
+    /// A page is not what was written. Nothing was changed on its account: opening the file again is enough for the others.
+    Changed(ChangedPage),
     /// Nobody knows what is on the medium.
     Unknown,
 }
@@ -41,6 +46,7 @@ impl Backend {
             spare: Arc::new(Spare::new(Arc::clone(&medium))),
             medium,
             layout,
+            pages: layout.checked.then(Arc::default),
             failed: Arc::default(),
         }
     }
@@ -60,8 +66,11 @@ impl Backend {
             let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
             // An unknown state stays unknown, whatever fails after it.
             if *failed != Some(Failed::Unknown) {
-                let harmless = full_is_harmless && is_full(error);
-                *failed = Some(if harmless { Failed::Full } else { Failed::Unknown });
+                *failed = Some(match ChangedPage::of(error) {
+                    Some(page) => Failed::Changed(page),
+                    None if full_is_harmless && is_full(error) => Failed::Full,
+                    None => Failed::Unknown,
+                });
             }
         })
     }
@@ -109,40 +118,63 @@ impl Backend {
 impl redb::StorageBackend for Backend {
     fn len(&self) -> io::Result<u64> {
         let len = self.note(self.medium.len(), false)?;
-        Ok(len.saturating_sub(self.layout.tables))
+        let len = len.saturating_sub(self.layout.tables);
+        Ok(match self.pages {
+            Some(_) => pages::without_checksums(len),
+            None => len,
+        })
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.read_raw(self.layout.tables + offset, out)
+        match &self.pages {
+            Some(pages) => self.note(pages.read(self, self.layout.tables, offset, out), false),
+            None => self.read_raw(self.layout.tables + offset, out),
+        }
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.with_spare(|| self.medium.set_len(self.layout.tables + len))
+        let raw = match self.pages {
+            Some(_) => pages::with_checksums(len),
+            None => len,
+        };
+        self.with_spare(|| self.medium.set_len(self.layout.tables + raw))?;
+        if let Some(pages) = &self.pages {
+            pages.set_len(len);
+        }
+        Ok(())
     }
 
     fn sync_data(&self) -> io::Result<()> {
+        if let Some(pages) = &self.pages {
+            pages.flush(self, self.layout.tables)?;
+        }
         self.sync_raw()
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.write_raw(self.layout.tables + offset, data)
+        match &self.pages {
+            Some(pages) => pages.write(self, self.layout.tables, offset, data),
+            None => self.write_raw(self.layout.tables + offset, data),
+        }
     }
 }
 
-/// Why a store that was open takes no more work.
+/// Why a call failed: all of them, if the store takes no more work.
 #[derive(Clone, Debug)]
 pub(super) struct Broken {
     pub(super) file: Arc<str>,
+    /// Whether the file is only opened again, and the store goes on.
+    pub(super) goes_on: bool,
     pub(super) cause: Option<Arc<redb::Error>>,
 }
 
 impl fmt::Display for Broken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} failed and takes no more work until it is opened again",
-            self.file
-        )
+        let file = &self.file;
+        match self.goes_on {
+            true => write!(f, "{file} failed with this call, and is opened again"),
+            false => write!(f, "{file} failed and takes no more work until it is opened again"),
+        }
     }
 }
 
@@ -168,6 +200,8 @@ pub(super) struct Settings {
     pub(super) verify: bool,
     /// Of a new file.
     pub(super) journal_bytes: u64,
+    /// Whether a new file has checksums under its pages.
+    pub(super) page_checksums: bool,
 }
 
 impl Default for Settings {
@@ -176,6 +210,7 @@ impl Default for Settings {
             cache_bytes: 128 << 20,
             verify: false,
             journal_bytes: 4 << 20,
+            page_checksums: true,
         }
     }
 }

@@ -54,6 +54,7 @@ impl FileStoreError {
             | io::ErrorKind::NotADirectory
             | io::ErrorKind::IsADirectory => FileStoreErrorKind::NotAccessible,
             _ if super::medium::is_full(&error) => FileStoreErrorKind::Full,
+            _ if super::pages::ChangedPage::of(&error).is_some() => FileStoreErrorKind::Damaged,
             _ => FileStoreErrorKind::Failed,
         };
         Self::new(kind, path, error)

@@ -368,7 +368,7 @@ mod tests {
     #[test]
     fn every_opening_writes_entries_that_fit_to_no_other_openings() {
         let medium: Arc<dyn Medium> = Arc::new(Bytes::default());
-        let backend = Backend::new(Arc::clone(&medium), Layout::make(&medium, 64 << 10).unwrap());
+        let backend = Backend::new(Arc::clone(&medium), Layout::make(&medium, 64 << 10, true).unwrap());
         let region = backend.journal().unwrap();
         let torn = |record: &[u8]| {
             let (mut journal, entries) = Journal::open(&backend, region, 0).unwrap();

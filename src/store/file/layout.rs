@@ -3,13 +3,14 @@
 //! | bytes | content |
 //! |---|---|
 //! | 17 | `tower-idempotency` |
-//! | 1 | version, 2 |
-//! | 4 | CRC-32 of what follows |
+//! | 1 | version, 3 |
+//! | 4 | CRC-32 of the version and of the length of the journal |
 //! | 8 | the length of the journal, a multiple of 4096, little-endian |
 //! | | zeros up to 4096: the head |
 //! | | the [journal](super::journal) |
-//! | | the tables: a redb file |
+//! | | the tables: a redb file, with [checksums](super::pages) under its pages |
 //!
+//! Version 2 had no checksums under the pages, and the CRC-32 was of the length alone.
 //! Version 1 was a redb file alone. It is kept as it is: it has no journal, so each change syncs redb's own pages.
 
 use std::{io, sync::Arc};
@@ -18,7 +19,8 @@ use super::medium::Medium;
 
 /// What a file begins with, and the value of its table's format.
 pub(super) const OURS: &[u8; 17] = b"tower-idempotency";
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
+const WITHOUT_CHECKSUMS: u8 = 2;
 
 /// A file of version 1 begins with what a redb file begins with.
 const REDB: &[u8; 9] = b"redb\x1A\x0A\xA9\x0D\x0A";
@@ -41,6 +43,8 @@ pub(super) struct Layout {
     pub(super) journal: Option<Region>,
     /// Where redb's pages begin.
     pub(super) tables: u64,
+    /// Whether they have checksums of ours.
+    pub(super) checked: bool,
 }
 
 /// Why a file has no layout.
@@ -53,7 +57,7 @@ pub(super) enum Unknown {
 }
 
 impl Layout {
-    fn new(journal: u64) -> Self {
+    fn new(journal: u64, checked: bool) -> Self {
         let journal = Region {
             at: BLOCK,
             len: journal,
@@ -61,12 +65,13 @@ impl Layout {
         Self {
             journal: Some(journal),
             tables: journal.at + journal.len,
+            checked,
         }
     }
 
     /// Lays out an empty medium. It is whole when its tables are synced.
-    pub(super) fn make(medium: &Arc<dyn Medium>, journal: u64) -> io::Result<Self> {
-        let layout = Self::new(journal.max(1).next_multiple_of(BLOCK));
+    pub(super) fn make(medium: &Arc<dyn Medium>, journal: u64, checked: bool) -> io::Result<Self> {
+        let layout = Self::new(journal.max(1).next_multiple_of(BLOCK), checked);
         // Every block is written once now, so that later a sync has nothing to do but to write one again.
         let zeros = vec![0; 1 << 20];
         let mut at = 0;
@@ -80,11 +85,10 @@ impl Layout {
     }
 
     fn encode(&self) -> Vec<u8> {
-        let journal = self.journal.map_or(0, |journal| journal.len);
-        let mut out = [&OURS[..], &[VERSION, 0, 0, 0, 0], &journal.to_le_bytes()].concat();
-        let checksum = crc32fast::hash(&out[22..]);
-        out[18..22].copy_from_slice(&checksum.to_le_bytes());
-        out
+        let journal = self.journal.map_or(0, |journal| journal.len).to_le_bytes();
+        let version = if self.checked { VERSION } else { WITHOUT_CHECKSUMS };
+        let checksum = checksum(version, &journal).to_le_bytes();
+        [&OURS[..], &[version], &checksum, &journal].concat()
     }
 
     pub(super) fn read(medium: &Arc<dyn Medium>) -> Result<Self, Unknown> {
@@ -99,6 +103,7 @@ impl Layout {
             return Ok(Self {
                 journal: None,
                 tables: 0,
+                checked: false,
             });
         }
         let Some(rest) = head.strip_prefix(OURS) else {
@@ -111,8 +116,8 @@ impl Layout {
         let Some((checksum, journal)) = rest.get(1..13).and_then(|rest| rest.split_first_chunk::<4>()) else {
             return Err(Unknown::Damaged);
         };
-        let whole = u32::from_le_bytes(*checksum) == crc32fast::hash(journal);
-        let (Some(journal), VERSION, true) = (journal.first_chunk(), version, whole) else {
+        let whole = u32::from_le_bytes(*checksum) == self::checksum(version, journal);
+        let (Some(journal), WITHOUT_CHECKSUMS..=VERSION, true) = (journal.first_chunk(), version, whole) else {
             return Err(Unknown::Damaged);
         };
         let journal = u64::from_le_bytes(*journal);
@@ -120,8 +125,18 @@ impl Layout {
         if journal == 0 || journal % BLOCK != 0 || len.saturating_sub(BLOCK) <= journal {
             return Err(Unknown::Damaged);
         }
-        Ok(Self::new(journal))
+        Ok(Self::new(journal, version == VERSION))
     }
+}
+
+/// No flipped bit makes one version of the other.
+fn checksum(version: u8, journal: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    if version != WITHOUT_CHECKSUMS {
+        hasher.update(&[version]);
+    }
+    hasher.update(journal);
+    hasher.finalize()
 }
 
 #[cfg(test)]
@@ -130,19 +145,23 @@ mod tests {
 
     use super::*;
 
-    /// Version 2 as it was first released, with a journal of 8 MiB. These bytes are on disks: they never change.
-    const HEAD_OF_8_MIB: &[u8] = include_bytes!("golden/v2-head.bin");
+    /// Versions 2 and 3 as they were first released, with a journal of 8 MiB. These bytes are on disks: they never
+    /// change.
+    const VERSION_2: &[u8] = include_bytes!("golden/v2-head.bin");
+    const HEAD_OF_8_MIB: &[u8] = include_bytes!("golden/v3-head.bin");
 
     #[test]
     fn a_head_is_written_and_read_as_it_was_first_released() {
-        let layout = Layout::new(8 << 20);
-        assert_eq!(layout.encode(), HEAD_OF_8_MIB);
-        assert_eq!(Layout::decode(HEAD_OF_8_MIB, 10 << 20).unwrap(), layout);
-        let journal = layout.journal.unwrap();
-        assert_eq!(
-            (journal.at, journal.len, layout.tables),
-            (4096, 8 << 20, (8 << 20) + 4096)
-        );
+        for (head, checked) in [(VERSION_2, false), (HEAD_OF_8_MIB, true)] {
+            let layout = Layout::new(8 << 20, checked);
+            assert_eq!(layout.encode(), head);
+            assert_eq!(Layout::decode(head, 10 << 20).unwrap(), layout);
+            let journal = layout.journal.unwrap();
+            assert_eq!(
+                (journal.at, journal.len, layout.tables),
+                (4096, 8 << 20, (8 << 20) + 4096)
+            );
+        }
     }
 
     #[test]
@@ -153,8 +172,9 @@ mod tests {
 
     #[test]
     fn no_flipped_bit_of_a_head_is_believed() {
-        for bit in 0..HEAD_OF_8_MIB.len() * 8 {
-            let mut bytes = HEAD_OF_8_MIB.to_vec();
+        let bits = 0..HEAD_OF_8_MIB.len() * 8;
+        for (head, bit) in bits.flat_map(|bit| [(VERSION_2, bit), (HEAD_OF_8_MIB, bit)]) {
+            let mut bytes = head.to_vec();
             bytes[bit / 8] ^= 1 << (bit % 8);
             let error = Layout::decode(&bytes, 10 << 20).unwrap_err();
             match bit / 8 {

@@ -29,6 +29,7 @@ mod look;
 )]
 mod medium;
 mod open;
+mod pages;
 mod queue;
 mod reader;
 mod sector;

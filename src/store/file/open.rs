@@ -85,7 +85,7 @@ fn make(path: &Path, first: &Stamp, settings: &Settings) -> Result<(), FileStore
     // What a crash left; only whoever holds the lock may cut it.
     file.set_len(0).map_err(error)?;
     let medium: Arc<dyn Medium> = Arc::new(Disk::new(file, beside(path, ".spare")));
-    let layout = Layout::make(&medium, settings.journal_bytes).map_err(error)?;
+    let layout = Layout::make(&medium, settings.journal_bytes, settings.page_checksums).map_err(error)?;
     let backend = Backend::new(medium, layout);
     let database = start(&backend, &Settings::default()).map_err(|source| not_opened(path, source))?;
     initialise(&database, first).map_err(|source| unreadable(path, source))?;

@@ -14,6 +14,7 @@ use super::{
     batch::{RECORDS, answer, decode},
     cache::Kept,
     look::{Found, look},
+    pages::ChangedPage,
     queue::{BeginJob, WriteJob},
     shared::Shared,
 };
@@ -47,6 +48,8 @@ fn answer_all(shared: &Shared, jobs: Vec<BeginJob>) {
     };
     drop(database);
     match error {
+        // The writer opens the file again, and says so.
+        Some(error) if is_for_the_writer(&error) => left.for_each(|job| hand_on(shared, job)),
         Some(error) => {
             let broken = shared.fail(Some(Arc::new(error)));
             left.for_each(|mut job| job.answer(Err(broken.clone().into())));
@@ -66,7 +69,12 @@ fn look_up(shared: &Shared, database: &Database, jobs: &mut impl Iterator<Item =
         let stored = match records.get(job.id.as_bytes()) {
             Ok(stored) => stored,
             Err(error) => {
-                let error = Arc::new(redb::Error::from(error));
+                let error = redb::Error::from(error);
+                if is_for_the_writer(&error) {
+                    hand_on(shared, job);
+                    continue;
+                }
+                let error = Arc::new(error);
                 let broken = shared.fail(Some(error));
                 job.answer(Err(broken.into()));
                 continue;
@@ -105,6 +113,15 @@ fn find(shared: &Shared, job: &BeginJob, stored: &[u8]) -> Result<Option<Begin>,
         shared.cache.put(job.id, kept);
     }
     Ok(Some(begin))
+}
+
+/// A damaged page, or any failure that another thread was told of.
+fn is_for_the_writer(error: &redb::Error) -> bool {
+    match error {
+        redb::Error::PreviousIo => true,
+        redb::Error::Io(error) => ChangedPage::of(error).is_some(),
+        _ => false,
+    }
 }
 
 fn hand_on(shared: &Shared, job: BeginJob) {

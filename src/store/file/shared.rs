@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-    atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
+    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst},
 };
 
 use redb::Database;
@@ -32,6 +32,8 @@ pub(super) struct Shared {
     pub(super) records: AtomicU64,
     pub(super) listeners: Listeners,
     pub(super) broken: BrokenCell,
+    /// Whether a page was found that is not what was written: nothing is purged any more, or every purge would meet it.
+    pub(super) damaged: AtomicBool,
     /// When it was closed: nothing new is begun, and answers in memory are not given any more either. 0 while it is open.
     pub(super) closed_at: AtomicU64,
     pub(super) closed: watch::Sender<bool>,
@@ -53,7 +55,11 @@ impl Shared {
             let file = Arc::clone(&self.file);
             let said = cause.as_ref().map(tracing::field::display);
             tracing::error!(%file, cause = said, "the idempotency store failed; open it again");
-            Broken { file, cause }
+            Broken {
+                file,
+                goes_on: false,
+                cause,
+            }
         });
         broken.clone()
     }

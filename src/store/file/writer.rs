@@ -2,6 +2,7 @@
 //! then answers.
 
 use std::{
+    io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::Ordering::SeqCst},
     time::{Duration, Instant},
@@ -202,23 +203,35 @@ impl Writer {
 
     /// Whether the batch was applied is not known: a commit may have failed after its last byte.
     fn failed(&mut self, error: redb::Error) -> Broken {
-        let cause = Arc::new(error);
-        let broken = Broken {
-            file: Arc::clone(&self.shared.file),
-            cause: Some(Arc::clone(&cause)),
-        };
-        match self.backend.take_failure() {
+        let failed = self.backend.take_failure();
+        let cause = Arc::new(match failed {
+            // A reader may have met it first, and then redb says no more than that.
+            Some(Failed::Changed(page)) => io::Error::other(page).into(),
+            _ => error,
+        });
+        let file = Arc::clone(&self.shared.file);
+        match failed {
             Some(Failed::Full) => {
                 tracing::warn!(%cause, "the disk is full: the idempotency store opens its file again");
                 self.room = Some(0);
                 self.reopen();
             }
-            Some(Failed::Unknown) | None => drop(self.shared.fail(Some(cause))),
+            Some(Failed::Changed(_)) => {
+                tracing::error!(%file, %cause, "the idempotency store's file is damaged; it purges nothing any more");
+                self.shared.damaged.store(true, SeqCst);
+                self.reopen();
+            }
+            Some(Failed::Unknown) | None => return self.shared.fail(Some(cause)),
         }
-        broken
+        Broken {
+            file,
+            goes_on: self.shared.broken.get().is_none(),
+            cause: Some(cause),
+        }
     }
 
-    /// redb takes no more work after any error. After one that was only for want of room its file is as good as ever.
+    /// redb takes no more work after any error. After one that was only for want of room its file is as good as ever, and
+    /// after a damaged page what that page does not lead to is.
     fn reopen(&mut self) {
         let mut database = self.shared.database_mut();
         drop((database.take(), self.journal.take()));
@@ -296,7 +309,10 @@ fn apply(
     let transaction = database.begin_write()?;
     let mut outcomes = Vec::with_capacity(jobs.len());
     let mut batch = Batch::new(&transaction, shared.time.run(), room)?;
-    let purged = (jobs.len() * 2 + 8).min(MAX_PURGED);
+    let purged = match shared.damaged.load(SeqCst) {
+        true => 0,
+        false => (jobs.len() * 2 + 8).min(MAX_PURGED),
+    };
     if room.is_some() {
         // First: it makes room.
         batch.purge(now, purged)?;

@@ -6,10 +6,13 @@ use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 use tokio_postgres::{Config, NoTls};
 
 use super::{
-    Inner, PostgresStore, PostgresTable, connection::Connections, hints::Hints, purge, server, statements::Statements,
+    Inner, PostgresStore, PostgresTable, connection::Connections, purge, server, statements::Statements,
     waiters::Waiters,
 };
-use crate::error::{StoreError, StoreErrorKind};
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    store::hints::Hints,
+};
 
 /// The settings of a [`PostgresStore`], from [`PostgresStore::builder`].
 #[derive(Clone, Debug)]

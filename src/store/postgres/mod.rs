@@ -3,7 +3,6 @@
 mod builder;
 mod connection;
 pub(crate) mod failure;
-mod hints;
 mod purge;
 pub(crate) mod record;
 mod server;
@@ -22,12 +21,11 @@ pub use self::transaction::SqlxTransaction;
 pub use self::{builder::PostgresStoreBuilder, table::PostgresTable, transaction::PostgresTransaction};
 use self::{
     connection::{Connections, Value},
-    hints::Hints,
     record::{COMPLETED, Found, Row},
     statements::{Statements, micros, retention_micros},
     waiters::Waiters,
 };
-use super::Store;
+use super::{Store, hints::Hints};
 use crate::{
     codec::StoredResponse,
     error::{StoreError, StoreErrorKind},

@@ -14,9 +14,9 @@ use super::{
     waiters::Waiters,
     way::Way,
 };
-use crate::error::StoreError;
 #[cfg(doc)]
 use crate::error::StoreErrorKind;
+use crate::{error::StoreError, store::hints::Hints};
 
 /// The settings of a [`RedisStore`], from [`RedisStore::builder`].
 #[derive(Clone, Debug)]
@@ -171,6 +171,7 @@ impl RedisStoreBuilder {
             scripts: Scripts::new(way.is_cluster()),
             waiters: Waiters::new(way, keys.clone(), timeout),
             keys,
+            hints: Hints::new(),
         };
         Ok(RedisStore { inner: Arc::new(inner) })
     }

@@ -74,6 +74,14 @@ pub(super) struct Flight<'a> {
     /// Asks for a number.
     pub(super) before: Option<Cmd>,
     pub(super) step: &'a Cmd,
+    pub(super) kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Asks a primary, and no replica is waited for.
+    Read,
+    Change,
 }
 
 #[derive(Debug)]
@@ -125,11 +133,20 @@ impl Connection {
     }
 
     async fn fly(&self, link: &mut Link, flight: Flight<'_>) -> Landed {
-        let Flight { key, before, step } = flight;
-        if before.is_none() && self.settings.replicas.is_none() {
+        let Flight {
+            key,
+            before,
+            step,
+            kind,
+        } = flight;
+        let replicas = self.settings.replicas.filter(|_| kind == Kind::Change);
+        if before.is_none() && replicas.is_none() {
             return Landed {
                 before: None,
-                answer: link.send(step).await,
+                answer: match kind {
+                    Kind::Read => link.ask_primary(key, step).await,
+                    Kind::Change => link.send(step).await,
+                },
                 is_safe: true,
             };
         }
@@ -139,7 +156,7 @@ impl Connection {
             commands.add_command(before);
         }
         commands.add_command(step.clone());
-        if let Some(Replicas { count, within }) = self.settings.replicas {
+        if let Some(Replicas { count, within }) = replicas {
             // Nothing is for ever there.
             let millis = u64::try_from(within.as_millis()).unwrap_or(u64::MAX).max(1);
             commands.cmd("WAIT").arg(count).arg(millis);
@@ -161,7 +178,7 @@ impl Connection {
         };
         let before = if asks { number(answers.next()) } else { None };
         let answer = answers.next().unwrap_or(Value::Nil).extract_error();
-        let is_safe = self.settings.replicas.is_none_or(|replicas| {
+        let is_safe = replicas.is_none_or(|replicas| {
             let acknowledged = number(answers.next()).and_then(|count| usize::try_from(count).ok());
             acknowledged.is_some_and(|count| count >= replicas.count)
         });
@@ -181,6 +198,7 @@ impl Connection {
                     key,
                     before: None,
                     step: &command,
+                    kind: Kind::Change,
                 };
                 self.send(flight, deadline).await
             }

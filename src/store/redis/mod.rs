@@ -14,21 +14,21 @@ mod way;
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use redis::Value;
+use redis::{Cmd, Value};
 use tokio::time::Instant;
 
 pub use self::builder::RedisStoreBuilder;
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::record::look_at as look_at_redis_record;
 use self::{
-    connection::{Connection, Flight, unexpected},
+    connection::{Connection, Flight, Kind, unexpected},
     failure::classify,
     keys::Keys,
     record::{Record, State},
     scripts::{Scripts, Step},
     waiters::Waiters,
 };
-use super::Store;
+use super::{Store, hints::Hints};
 use crate::{
     codec::StoredResponse,
     error::{StoreError, StoreErrorKind},
@@ -64,6 +64,7 @@ struct Inner {
     keys: Keys,
     scripts: Scripts,
     waiters: Arc<Waiters>,
+    hints: Hints,
 }
 
 impl RedisStore {
@@ -92,7 +93,11 @@ impl fmt::Debug for RedisStore {
 
 impl Store for RedisStore {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
-        self.inner.begin(id, claim).await
+        let begin = self.inner.begin(id, claim).await?;
+        if let Begin::Completed { .. } = begin {
+            self.inner.hints.add(id);
+        }
+        Ok(begin)
     }
 
     async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
@@ -105,7 +110,9 @@ impl Store for RedisStore {
         let time_to_live = record::completed_millis(retention).map_or_else(String::new, |millis| millis.to_string());
         let completion = record::completion(response, retention);
         let arguments: [&[u8]; 3] = [lease.owner.as_bytes(), &completion, time_to_live.as_bytes()];
-        self.inner.change(step, lease, &arguments).await
+        self.inner.change(step, lease, &arguments).await?;
+        self.inner.hints.add(&lease.id);
+        Ok(())
     }
 
     async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
@@ -131,40 +138,47 @@ impl Store for RedisStore {
 
 impl Inner {
     /// Nearly always one command, which acquires the record or gives it back. What it cannot tell apart is found out by
-    /// a script, which begins from the start: nothing follows from what was seen before.
+    /// a script, which begins from the start: nothing follows from what was seen before. A replay that is expected is
+    /// read first.
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         let deadline = self.connection.deadline();
         let key = self.keys.key(id);
-        let mut set = redis::cmd("SET");
-        set.arg(&key).arg(&record::in_progress(claim, 1)[..]);
+        // Asked before, so that it says something of the record that is found; and not in a cluster, where two commands
+        // in a flight may meet two servers.
+        let asks = claim.asks_for_remaining && !self.connection.is_cluster();
+        let send = async |step: Cmd, kind| {
+            let flight = Flight {
+                key: key.as_bytes(),
+                before: asks.then(|| redis::cmd("PTTL").arg(&key).clone()),
+                step: &step,
+                kind,
+            };
+            self.connection.send(flight, deadline).await
+        };
+        if self.hints.has(id) && asks == claim.asks_for_remaining {
+            let mut get = Cmd::with_capacity(2, key.len() + 32);
+            get.arg("GET").arg(&key);
+            let landed = send(get, Kind::Read).await;
+            // Whatever else it finds is no answer: only a claim can tell.
+            if let Value::BulkString(bytes) = landed.answer.map_err(classify)?
+                && let Some(replay) = replay(Record::decode(bytes)?, claim, landed.before)
+            {
+                return Ok(replay);
+            }
+        }
+        let mut set = Cmd::with_capacity(7, key.len() + record::HEAD + 96);
+        set.arg("SET").arg(&key).arg(&record::in_progress(claim, 1)[..]);
         set.arg("NX")
             .arg("GET")
             .arg("PX")
             .arg(record::in_progress_millis(claim));
-        // Asked before, so that it says something of the record that the claim finds; and not in a cluster, where two
-        // commands in a flight may meet two servers.
-        let asks = claim.asks_for_remaining && !self.connection.is_cluster();
-        let flight = Flight {
-            key: key.as_bytes(),
-            before: asks.then(|| redis::cmd("PTTL").arg(&key).clone()),
-            step: &set,
-        };
-        let landed = self.connection.send(flight, deadline).await;
+        let landed = send(set, Kind::Change).await;
         match landed.answer {
             Ok(Value::Nil) => safe(Begin::Acquired(Lease::new(*id, claim.owner, 1)), landed.is_safe),
-            Ok(Value::BulkString(bytes)) => {
-                let record = Record::decode(bytes)?;
-                match record.state {
-                    State::Completed { response, kept } if landed.before.is_some() || !claim.asks_for_remaining => {
-                        Ok(Begin::Completed {
-                            fingerprint: record.fingerprint,
-                            response,
-                            remaining: landed.before.map(|left| record::remaining(left, kept)),
-                        })
-                    }
-                    _ => self.look_closer(id, claim, true, deadline).await,
-                }
-            }
+            Ok(Value::BulkString(bytes)) => match replay(Record::decode(bytes)?, claim, landed.before) {
+                Some(replay) => Ok(replay),
+                None => self.look_closer(id, claim, true, deadline).await,
+            },
             Ok(other) => Err(unexpected(&other)),
             Err(error) => match classify(error) {
                 // The server says so without a look at the key, which may be there.
@@ -238,6 +252,20 @@ impl Inner {
             Value::Int(scripts::NOT_OWNED) => Err(StoreErrorKind::Fenced.into()),
             other => Err(unexpected(&other)),
         }
+    }
+}
+
+/// What a completed record answers, if all that the claim asks for is known. `before` is the time to live that its key had.
+fn replay(record: Record, claim: &Claim, before: Option<i64>) -> Option<Begin> {
+    match record.state {
+        State::Completed { response, kept } if before.is_some() || !claim.asks_for_remaining => {
+            Some(Begin::Completed {
+                fingerprint: record.fingerprint,
+                response,
+                remaining: before.map(|left| record::remaining(left, kept)),
+            })
+        }
+        _ => None,
     }
 }
 

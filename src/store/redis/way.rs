@@ -128,6 +128,16 @@ impl Link {
         answer.and_then(Value::extract_error)
     }
 
+    /// A cluster's client may have been told to read from replicas, which lag behind.
+    pub(super) async fn ask_primary(&mut self, key: &[u8], command: &Cmd) -> RedisResult<Value> {
+        let Self::Cluster(connection) = self else {
+            return self.send(command).await;
+        };
+        let primary = SingleNodeRoutingInfo::SpecificNode(Route::with_key(key, SlotAddr::Master));
+        let answer = connection.route_command(command.clone(), RoutingInfo::SingleNode(primary));
+        answer.await.and_then(Value::extract_error)
+    }
+
     /// Commands that concern one key, in one flight. Each may have failed.
     pub(super) async fn send_all(&mut self, key: &[u8], commands: Pipeline) -> RedisResult<Vec<Value>> {
         let count = commands.len();

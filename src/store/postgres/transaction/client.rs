@@ -14,7 +14,7 @@ use http::Extensions;
 use tokio_postgres::{Error, Row, types::ToSql};
 
 use super::{
-    Connection, Looked, Source,
+    BEGIN_TO_LOOK, Connection, Looked, Source,
     say::{Failure, Say},
     statements::SAVEPOINT,
 };
@@ -49,22 +49,15 @@ impl Drop for Open {
 impl Source for ClientSource {
     type Connection = Open;
 
-    async fn begin(
-        &self,
-        claims: Vec<Say>,
-        looks: Vec<Say>,
-        later: &[&Arc<str>],
-    ) -> Result<(Open, Vec<Looked>), Failure> {
+    async fn begin(&self, claims: Vec<(Say, Say)>, later: &[&Arc<str>]) -> Result<(Open, Vec<Looked>), Failure> {
         let open = self.open().await?;
         // Before the transaction: in one that has failed nothing can be prepared any more.
         for sql in later {
             open.prepare(sql).await?;
         }
-        let answered = looks.len();
         let flight: Vec<_> = [Say::Plain("BEGIN")]
             .into_iter()
-            .chain(claims)
-            .chain(looks)
+            .chain(claims.into_iter().flat_map(<[Say; 2]>::from))
             .chain([Say::Plain(SAVEPOINT)])
             .collect();
         let rows = match open.say(&flight).await {
@@ -77,19 +70,22 @@ impl Source for ClientSource {
                 return Err(failure);
             }
         };
-        let rows: Vec<_> = rows.into_iter().flatten().collect();
-        let looked = rows[rows.len().saturating_sub(answered)..].iter();
-        let looked = looked.map(Looked::read).collect::<Result<_, _>>()?;
+        let claimed = rows.iter().flatten().skip(1).step_by(2);
+        let looked = claimed.map(Looked::read).collect::<Result<_, _>>()?;
         Ok((open, looked))
     }
 
-    async fn wait_and_look(&self, wait: Say, look: Say) -> Result<Looked, Failure> {
+    async fn lock_and_look(&self, lock: Say, look: Say) -> Result<(bool, Looked), Failure> {
         let open = self.open().await?;
-        let flight = [Say::Plain("BEGIN"), wait, look, Say::Plain("ROLLBACK")];
+        let flight = [Say::Plain(BEGIN_TO_LOOK), lock, look, Say::Plain("ROLLBACK")];
         let rows = open.say(&flight).await?;
         open.give_back();
-        let looked = rows.iter().flatten().nth(1).ok_or_else(no_row)?;
-        Ok(Looked::read(looked)?)
+        let mut rows = rows.iter().flatten();
+        let (Some(locked), Some(looked)) = (rows.next(), rows.next()) else {
+            return Err(no_row());
+        };
+        let got = locked.try_get("got").map_err(failure::classify)?;
+        Ok((got, Looked::read(looked)?))
     }
 }
 
@@ -210,12 +206,15 @@ async fn in_one_flight(mut calls: Vec<Answering<'_>>) -> Vec<Answer> {
 
 impl Looked {
     fn read(row: &Row) -> Result<Self, StoreError> {
-        let read = || Ok::<_, Error>((row.try_get("held")?, row.try_get::<_, Option<bool>>("claimed")?));
-        let (held, claimed) = read().map_err(failure::classify)?;
+        let read = || {
+            let fence: Option<i64> = row.try_get("fence")?;
+            Ok::<_, Error>((row.try_get("held")?, row.try_get("claimed")?, fence.is_some()))
+        };
+        let (held, claimed, is_there) = read().map_err(failure::classify)?;
         Ok(Self {
             held,
-            claimed: claimed == Some(true),
-            row: claimed.map(|_| record::Row::read(row)).transpose()?,
+            claimed,
+            row: is_there.then(|| record::Row::read(row)).transpose()?,
         })
     }
 }

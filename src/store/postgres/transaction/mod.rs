@@ -7,6 +7,8 @@ mod say;
 #[cfg(feature = "sqlx")]
 mod sqlx;
 mod statements;
+#[cfg(feature = "sqlx")]
+mod text;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -22,7 +24,7 @@ use self::{
     ends::{Ends, Waking},
     open::Open,
     say::{Failure, Say, Value},
-    statements::{TransactionStatements, held, locks},
+    statements::{Locks, TransactionStatements, held},
 };
 use super::{
     Inner, PostgresStore,
@@ -33,7 +35,7 @@ use crate::{
     error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
     record::{Claim, Lease, RecordId},
-    transactional::{Boxed, Found, Opened, Slot, Transactions},
+    transactional::{Boxed, Found, Opened, Slot, Transaction, Transactions, Whose},
 };
 
 /// An extractor of axum's, and of an `Option` of it.
@@ -75,16 +77,17 @@ use extractor;
 pub(super) trait Source: Send + Sync + 'static {
     type Connection: Connection;
 
-    /// Begins, claims, looks, and sets the savepoint. What is said `later` may be prepared.
+    /// Begins, says this, and sets the savepoint: what each second one showed, which are the claims. What is said `later`
+    /// may be prepared.
     fn begin(
         &self,
-        claims: Vec<Say>,
-        looks: Vec<Say>,
+        claims: Vec<(Say, Say)>,
         later: &[&Arc<str>],
     ) -> impl Future<Output = Result<(Self::Connection, Vec<Looked>), Failure>> + Send;
 
-    /// Waits and looks, in a transaction of its own that ends with that.
-    fn wait_and_look(&self, wait: Say, look: Say) -> impl Future<Output = Result<Looked, Failure>> + Send;
+    /// Takes a lock and looks, in a transaction of its own that ends with that: whether the lock was got, and what was
+    /// seen since then.
+    fn lock_and_look(&self, lock: Say, look: Say) -> impl Future<Output = Result<(bool, Looked), Failure>> + Send;
 }
 
 /// A connection in a transaction. Dropped, it rolls back.
@@ -101,7 +104,10 @@ pub(super) trait Connection: Send + Sized + 'static {
     fn lend(slot: &Slot<Self>, extensions: &mut Extensions);
 }
 
-/// What a look showed.
+/// READ COMMITTED whatever the connection has: what a look sees must not be older than the lock before it.
+const BEGIN_TO_LOOK: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
+
+/// What a claim or a look showed.
 #[derive(Debug)]
 pub(super) struct Looked {
     held: i32,
@@ -130,7 +136,13 @@ impl PostgresStore {
     #[cfg(feature = "sqlx")]
     #[must_use]
     pub fn with_sqlx(self, pool: ::sqlx::PgPool) -> Self {
-        let transactions = transactions(SqlxSource { pool }, &self.inner);
+        let transactions = transactions(
+            SqlxSource {
+                pool,
+                prepared: self.inner.connections.is_prepared(),
+            },
+            &self.inner,
+        );
         Self { transactions, ..self }
     }
 
@@ -184,11 +196,10 @@ impl<S: Source> Transactions for TableTransactions<S> {
 
     fn was_committed<'a>(&'a self, lease: &'a Lease) -> Boxed<'a, Result<bool, StoreError>> {
         Box::pin(async move {
-            // The first lock is whatever is free: nobody is kept out by a look.
-            let [_, lock] = locks(&self.table, &lease.id, &Fingerprint::beside(&lease.id));
-            let wait = Say::ask(&self.statements.wait, [Value::from(lock), self.lock_timeout()]);
-            let look = Say::ask(&self.statements.look, look(lease, [lock, lock]));
-            let looked = self.source.wait_and_look(wait, look).await.map_err(StoreError::from)?;
+            let locks = Locks::of(&self.table, &lease.id, &Fingerprint::beside(&lease.id));
+            let wait = Say::ask(&self.statements.wait, [locks.second.into(), self.lock_timeout()]);
+            let look = self.look(&lease.id, locks);
+            let (_, looked) = self.source.lock_and_look(wait, look).await.map_err(StoreError::from)?;
             Ok(looked.row.is_some_and(|row| is_completed_by(&row, lease)))
         })
     }
@@ -200,15 +211,6 @@ impl<S: Source> Transactions for TableTransactions<S> {
 
 fn is_completed_by(row: &Row, lease: &Lease) -> bool {
     row.state == Some(record::COMPLETED) && row.owner.as_deref() == Some(lease.owner.as_bytes())
-}
-
-fn look(lease: &Lease, [first, second]: [i64; 2]) -> Vec<Value> {
-    vec![
-        lease.id.as_bytes().into(),
-        lease.owner.as_bytes().into(),
-        first.into(),
-        second.into(),
-    ]
 }
 
 impl<S: Source> TableTransactions<S> {
@@ -223,24 +225,21 @@ impl<S: Source> TableTransactions<S> {
             .into_iter()
             .chain(others.iter().map(|other| (*other, beside)))
             .collect();
-        let bound = Say::ask(&self.statements.bound, [self.lock_timeout()]);
-        let (mut claims, mut looks) = (vec![bound], Vec::new());
-        for (id, fingerprint) in &records {
-            let locks = locks(&self.table, id, fingerprint);
+        let claims = records.iter().map(|(id, fingerprint)| {
             let mut values = named(id, claim, fingerprint);
             values.push(retention_micros(claim.retention).into());
-            values.extend(locks.map(Value::from));
-            claims.push(Say::ask(&self.statements.claim, values));
-            looks.push(Say::ask(
-                &self.statements.look,
-                look(&Lease::new(*id, claim.owner, 1), locks),
-            ));
-        }
+            values.extend(Locks::of(&self.table, id, fingerprint).values());
+            (
+                Say::ask(&self.statements.bound, [self.lock_timeout()]),
+                Say::ask(&self.statements.claim, values),
+            )
+        });
+        let claims = claims.collect();
         let mut later = vec![&self.statements.complete, &self.statements.check];
         if !others.is_empty() {
             later.push(&self.statements.complete_others);
         }
-        let (connection, looked) = self.source.begin(claims, looks, &later).await?;
+        let (connection, looked) = self.source.begin(claims, &later).await?;
         let lease = Lease::new(*id, claim.owner, 1);
         let mut open = Open::new(connection, lease, &self.statements, Waking::of(&self.ends, *id));
         let mut found = Vec::with_capacity(records.len());
@@ -261,19 +260,52 @@ impl<S: Source> TableTransactions<S> {
                 return open.give_up().await;
             }
         }
+        let unclear = |found: &Found| matches!(found, Found::InFlight(Whose::Unclear));
+        let transaction = if found.iter().any(unclear) {
+            open.give_up::<()>().await?;
+            // It can hardly be said of more than one.
+            for ((id, fingerprint), found) in records.iter().zip(&mut found).filter(|(_, found)| unclear(found)) {
+                *found = self.who_holds(id, fingerprint, claim).await?;
+            }
+            None
+        } else {
+            let acquired = others
+                .iter()
+                .zip(found.iter().skip(1))
+                .filter(|(_, found)| matches!(found, Found::Acquired));
+            open.others = acquired.map(|(other, _)| *other).collect();
+            Some(Box::new(open) as Box<dyn Transaction>)
+        };
         let mut found = found.into_iter();
-        let own = found.next().unwrap_or(Found::InFlight { same: true });
-        let found: Vec<_> = found.collect();
-        let acquired = others
-            .iter()
-            .zip(&found)
-            .filter(|(_, found)| matches!(found, Found::Acquired));
-        open.others = acquired.map(|(other, _)| *other).collect();
+        let own = found.next().unwrap_or(Found::InFlight(Whose::Unclear));
         Ok(Some(Opened {
             own,
-            others: found,
-            transaction: Box::new(open),
+            others: found.collect(),
+            transaction,
         }))
+    }
+
+    /// Who holds the second lock of a record. While the first one is ours nobody else begins with the same request, and
+    /// whoever did before has let go of it, and so is over, in all that is seen from then on.
+    async fn who_holds(&self, id: &RecordId, fingerprint: &Fingerprint, claim: &Claim) -> Result<Found, StoreError> {
+        let locks = Locks::of(&self.table, id, fingerprint);
+        let [class, request, _] = locks.values();
+        let lock = Say::ask(&self.statements.try_first, [class, request]);
+        let (got, looked) = self.source.lock_and_look(lock, self.look(id, locks)).await?;
+        let whose = match (got, looked.held) {
+            (false, _) => Whose::Same,
+            (true, held::SECOND) => Whose::Another,
+            (true, _) => Whose::Unclear,
+        };
+        Ok(match looked.found(id, claim)? {
+            Some(Looking::Found(found @ Found::Kept(_))) => found,
+            _ => Found::InFlight(whose),
+        })
+    }
+
+    fn look(&self, id: &RecordId, locks: Locks) -> Say {
+        let values = [Value::from(id.as_bytes())].into_iter().chain(locks.values());
+        Say::ask(&self.statements.look, values)
     }
 }
 
@@ -297,9 +329,8 @@ impl Looked {
     fn found(self, id: &RecordId, claim: &Claim) -> Result<Option<Looking>, StoreError> {
         let in_flight = || match self.held {
             held::NONE => None,
-            held => Some(Looking::Found(Found::InFlight {
-                same: held == held::SAME,
-            })),
+            held::FIRST => Some(Looking::Found(Found::InFlight(Whose::Same))),
+            _ => Some(Looking::Found(Found::InFlight(Whose::Unclear))),
         };
         if self.claimed {
             return Ok(Some(Looking::Found(Found::Acquired)));

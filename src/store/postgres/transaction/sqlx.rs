@@ -1,10 +1,10 @@
 //! Transactions on connections of an sqlx pool, for handlers that work with sqlx.
 //!
-//! sqlx sends one statement and awaits its answer. What is to go in one flight is sent as one text, with its values
-//! written into it: they are numbers, and bytes as hexadecimal digits.
+//! sqlx sends one statement and awaits its answer, and prepares it once for each connection. Where nothing may be
+//! prepared, what belongs together is sent as one text, with its values written into it.
 
 use std::{
-    fmt::{self, Write},
+    fmt,
     ops::{Deref, DerefMut},
     sync::Arc,
 };
@@ -13,13 +13,15 @@ use http::Extensions;
 use sqlx::{
     Error, Executor, PgPool, Postgres, Row,
     postgres::{PgDatabaseError, PgRow, PgSeverity},
+    query,
 };
 
 use super::{
-    Connection, Looked, Source,
+    BEGIN_TO_LOOK, Connection, Looked, Source,
     client::{self, no_row},
     say::{Failure, Say, Value},
     statements::SAVEPOINT,
+    text::text,
 };
 use crate::{
     error::{StoreError, StoreErrorKind},
@@ -27,146 +29,126 @@ use crate::{
     transactional::{Lent, Missing, MissingTransaction, Slot},
 };
 
-type Open = sqlx::Transaction<'static, Postgres>;
-
 /// A pool of the user's.
 #[derive(Clone, Debug)]
 pub(in super::super) struct SqlxSource {
     pub(in super::super) pool: PgPool,
+    /// Whether statements may be prepared.
+    pub(in super::super) prepared: bool,
+}
+
+/// A connection in a transaction, which sqlx rolls back when it is dropped.
+pub(in super::super) struct Open {
+    transaction: sqlx::Transaction<'static, Postgres>,
+    prepared: bool,
 }
 
 impl Source for SqlxSource {
     type Connection = Open;
 
-    /// In two flights: sqlx gives no rows of what begins a transaction.
-    async fn begin(&self, claims: Vec<Say>, looks: Vec<Say>, _: &[&Arc<str>]) -> Result<(Open, Vec<Looked>), Failure> {
-        let mut open = self.pool.begin().await?;
-        let answered = looks.len();
-        let flight = claims.into_iter().chain(looks).chain([Say::Plain(SAVEPOINT)]);
-        let rows = open.fetch_all(&*text(flight)).await?;
-        let looked = rows[rows.len().saturating_sub(answered)..].iter();
-        let looked = looked.map(Looked::read_sqlx).collect::<Result<_, _>>()?;
+    async fn begin(&self, claims: Vec<(Say, Say)>, _: &[&Arc<str>]) -> Result<(Open, Vec<Looked>), Failure> {
+        let mut claims = claims.into_iter();
+        // sqlx gives no rows of what begins a transaction, so the first claim is not among it.
+        let Some((bound, claim)) = claims.next() else {
+            return Err(no_row());
+        };
+        let mut open = self.open(text([Say::Plain("BEGIN"), bound])).await?;
+        let mut flight = vec![claim];
+        flight.extend(claims.flat_map(<[Say; 2]>::from));
+        flight.push(Say::Plain(SAVEPOINT));
+        let rows = open.say(flight).await?;
+        let looked = rows
+            .iter()
+            .step_by(2)
+            .map(Looked::read_sqlx)
+            .collect::<Result<_, _>>()?;
         Ok((open, looked))
     }
 
-    async fn wait_and_look(&self, wait: Say, look: Say) -> Result<Looked, Failure> {
-        let mut open = self.pool.begin().await?;
-        let rows = open.fetch_all(&*text([wait, look])).await?;
-        open.rollback().await?;
-        Ok(Looked::read_sqlx(rows.get(1).ok_or_else(no_row)?)?)
+    async fn lock_and_look(&self, lock: Say, look: Say) -> Result<(bool, Looked), Failure> {
+        let mut open = self.open(BEGIN_TO_LOOK.to_owned()).await?;
+        let rows = open.say(vec![lock, look]).await?;
+        open.transaction.rollback().await?;
+        let [locked, looked] = &*rows else { return Err(no_row()) };
+        Ok((locked.try_get("got")?, Looked::read_sqlx(looked)?))
+    }
+}
+
+impl SqlxSource {
+    async fn open(&self, begin: String) -> Result<Open, Failure> {
+        Ok(Open {
+            transaction: self.pool.begin_with(begin).await?,
+            prepared: self.prepared,
+        })
+    }
+}
+
+impl Open {
+    /// The rows of what was asked, one at most for each.
+    async fn say(&mut self, flight: Vec<Say>) -> Result<Vec<PgRow>, Error> {
+        let connection = &mut *self.transaction;
+        if !self.prepared {
+            return connection.fetch_all(&*text(flight)).await;
+        }
+        let mut rows = Vec::new();
+        for say in flight {
+            match say {
+                Say::Plain(sql) => {
+                    connection.execute(sql).await?;
+                }
+                Say::Ask(sql, values) => {
+                    let asked = values.into_iter().fold(query(&sql), |query, value| match value {
+                        Value::Bytes(bytes) => query.bind(bytes.to_vec()),
+                        Value::BytesList(list) => query.bind(list),
+                        Value::Small(number) => query.bind(number),
+                        Value::Int(number) => query.bind(number),
+                        Value::IntList(list) => query.bind(list),
+                        Value::Long(number) => query.bind(number),
+                        Value::Text(words) => query.bind(words),
+                    });
+                    rows.extend(connection.fetch_optional(asked).await?);
+                }
+            }
+        }
+        Ok(rows)
     }
 }
 
 impl Connection for Open {
     async fn ask(&mut self, flight: Vec<Say>) -> Result<Vec<bool>, Failure> {
         let asked = flight.iter().filter(|say| matches!(say, Say::Ask(..))).count();
-        let rows = (**self).fetch_all(&*text(flight)).await?;
-        // One row at most for each; whose is missing is of no interest.
+        let rows = self.say(flight).await?;
+        // Whose is missing is of no interest.
         Ok(vec![rows.len() == asked; asked])
     }
 
     async fn commit(mut self, mut flight: Vec<Say>) -> Result<(), Failure> {
-        // sqlx ends a transaction with a statement of its own, which would be one more flight. So the next one begins at
-        // once, empty, and that is what it rolls back when the connection returns to its pool.
-        flight.push(Say::Plain("COMMIT AND CHAIN"));
-        match (*self).execute(&*text(flight)).await {
+        // sqlx ends a transaction with a statement of its own, which would be one more flight where all else is one. So
+        // there the next one begins at once, empty, and that is what it rolls back when the connection returns to its
+        // pool.
+        if !self.prepared {
+            flight.push(Say::Plain("COMMIT AND CHAIN"));
+        }
+        match self.say(flight).await {
+            Ok(_) if self.prepared => Ok(self.transaction.commit().await?),
             Ok(_) => Ok(()),
             Err(error) => {
                 // Before anybody is told that it failed: the next attempt may come at once.
-                let _ = self.rollback().await;
+                let _ = self.transaction.rollback().await;
                 Err(error.into())
             }
         }
     }
 
     async fn roll_back(mut self, check: Option<Say>) -> Result<(), Failure> {
-        let checked = match check {
-            Some(check) => (*self).execute(&*text([check])).await.map(drop),
-            None => Ok(()),
-        };
-        let rolled_back = self.rollback().await;
-        checked.and(rolled_back).map_err(Failure::from)
+        let checked = self.say(check.into_iter().collect()).await;
+        let rolled_back = self.transaction.rollback().await;
+        checked.map(drop).and(rolled_back).map_err(Failure::from)
     }
 
     fn lend(slot: &Slot<Self>, extensions: &mut Extensions) {
         extensions.insert(SqlxSlot(slot.clone()));
     }
-}
-
-/// One text of all of it.
-fn text(flight: impl IntoIterator<Item = Say>) -> String {
-    let mut text = String::new();
-    for say in flight {
-        match say {
-            Say::Plain(sql) => text.push_str(sql),
-            Say::Ask(sql, values) => write_with_values(&mut text, &sql, &values),
-        }
-        text.push(';');
-    }
-    text
-}
-
-/// The statement with its values in the places of `$1` and so on; not within quotes, where a table's name stands.
-fn write_with_values(text: &mut String, sql: &str, values: &[Value]) {
-    let mut quoted = None;
-    let mut rest = sql.chars().peekable();
-    while let Some(character) = rest.next() {
-        match (quoted, character) {
-            (None, '$') => {
-                let mut number = 0;
-                while let Some(digit) = rest.peek().and_then(|digit| digit.to_digit(10)) {
-                    number = number * 10 + digit as usize;
-                    rest.next();
-                }
-                if let Some(value) = values.get(number.wrapping_sub(1)) {
-                    write_value(text, value);
-                }
-                continue;
-            }
-            (None, '"' | '\'') => quoted = Some(character),
-            (Some(quote), _) if quote == character => quoted = None,
-            _ => {}
-        }
-        text.push(character);
-    }
-}
-
-fn write_value(text: &mut String, value: &Value) {
-    // Writing to a string does not fail.
-    let _ = match value {
-        Value::Bytes(bytes) => {
-            write_bytes(text, bytes);
-            Ok(())
-        }
-        Value::BytesList(list) => {
-            text.push_str("ARRAY[");
-            for (index, bytes) in list.iter().enumerate() {
-                if index > 0 {
-                    text.push(',');
-                }
-                write_bytes(text, bytes);
-            }
-            text.push(']');
-            Ok(())
-        }
-        // In parentheses: a cast binds closer than a minus.
-        Value::Small(number) => write!(text, "({number})"),
-        Value::Int(number) => write!(text, "({number})"),
-        Value::Long(number) => write!(text, "({number})"),
-        Value::IntList(list) => write!(text, "ARRAY{list:?}"),
-        Value::Text(words) => write!(text, "E'{}'", words.replace('\\', "\\\\").replace('\'', "\\'")),
-    };
-}
-
-fn write_bytes(text: &mut String, bytes: &[u8]) {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    text.reserve(2 * bytes.len() + 20);
-    text.push_str("'\\x");
-    for byte in bytes {
-        text.push(char::from(DIGITS[usize::from(byte >> 4)]));
-        text.push(char::from(DIGITS[usize::from(byte & 15)]));
-    }
-    text.push_str("'::bytea");
 }
 
 impl From<Error> for Failure {
@@ -197,7 +179,7 @@ impl Looked {
             let fence: Option<i64> = row.try_get("fence")?;
             Ok::<_, Error>(Self {
                 held: row.try_get("held")?,
-                claimed: row.try_get::<Option<bool>, _>("claimed")?.unwrap_or(false),
+                claimed: row.try_get("claimed")?,
                 row: match fence {
                     None => None,
                     Some(fence) => Some(record::Row {
@@ -245,7 +227,7 @@ struct SqlxSlot(Slot<Open>);
 ///     Ok(StatusCode::CREATED)
 /// }
 /// ```
-pub struct SqlxTransaction(Lent<Open, Open>);
+pub struct SqlxTransaction(Lent<Open, sqlx::Transaction<'static, Postgres>>);
 
 impl SqlxTransaction {
     /// For handlers that are not axum's: from the extensions of their request.
@@ -254,7 +236,7 @@ impl SqlxTransaction {
     /// If the request runs in no transaction, somebody else has it, or it is over.
     pub fn from_extensions(extensions: &Extensions) -> Result<Self, MissingTransaction> {
         match extensions.get::<SqlxSlot>() {
-            Some(slot) => slot.0.lend(|open| Some(open)).map(Self),
+            Some(slot) => slot.0.lend(|open| Some(&mut open.transaction)).map(Self),
             None if client::is_in(extensions) => Err(MissingTransaction(Missing::Other("PostgresTransaction"))),
             None => Err(MissingTransaction(Missing::None)),
         }
@@ -266,15 +248,15 @@ pub(super) fn is_in(extensions: &Extensions) -> bool {
 }
 
 impl Deref for SqlxTransaction {
-    type Target = Open;
+    type Target = sqlx::Transaction<'static, Postgres>;
 
-    fn deref(&self) -> &Open {
+    fn deref(&self) -> &Self::Target {
         &self.0
     }
 }
 
 impl DerefMut for SqlxTransaction {
-    fn deref_mut(&mut self) -> &mut Open {
+    fn deref_mut(&mut self) -> &mut Self::Target {
         &mut self.0
     }
 }
@@ -287,20 +269,3 @@ impl fmt::Debug for SqlxTransaction {
 
 #[cfg(feature = "axum")]
 super::extractor!(SqlxTransaction);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn values_stand_where_the_statement_has_their_numbers_and_nowhere_else() {
-        let values = [
-            Value::from(&[0, 171]),
-            Value::from(-7_i64),
-            Value::from("it's".to_owned()),
-        ];
-        let sql = r#"SELECT $2::bigint, $1::bytea, '$1', $3::text FROM "a$1"."b""$2""#;
-        let expected = r#"SELECT (-7)::bigint, '\x00ab'::bytea::bytea, '$1', E'it\'s'::text FROM "a$1"."b""$2";"#;
-        assert_eq!(text([Say::ask(&sql.into(), values)]), expected);
-    }
-}

@@ -4,17 +4,22 @@
 //! too, and leaves it behind as a record whose outcome is unknown. Nobody renews its lease, so that has ended when it
 //! begins.
 //!
-//! Nothing here waits for another request. Two advisory locks, held to the end of the transaction, say who is at work:
-//! the first over record and fingerprint, the second over the record. Whoever does not get the first meets the same
-//! request, whoever does not get the second another one. What is committed already is answered without a lock.
+//! Nothing here waits for another request. Two advisory [locks](Locks), held to the end of the transaction, say who is at
+//! work: the first over record and fingerprint, the second over the record. Whoever does not get the first meets the same
+//! request. Whoever gets the first and not the second meets another one, or the same one while it lets go of its locks,
+//! which it does one after the other; the server's list of locks tells. What is committed already is answered without a
+//! lock.
 
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use super::super::{
-    PostgresTable,
-    statements::{FOREVER, RECORD, Statements, after},
+use super::{
+    super::{
+        PostgresTable,
+        statements::{FOREVER, RECORD, Statements, after},
+    },
+    say::Value,
 };
 use crate::{fingerprint::Fingerprint, record::RecordId};
 
@@ -26,14 +31,18 @@ pub(super) const UNDO: &str = "ROLLBACK TO SAVEPOINT tower_idempotency";
 /// The statements for one table. As elsewhere, the text says the parameters' types.
 #[derive(Clone, Debug)]
 pub(crate) struct TransactionStatements {
-    /// `$1` how long to wait for those who hold none of the locks, in what follows until a look. One row, of no use. Apart
-    /// from the claim, which waits for a locked table before it does anything.
+    /// `$1` how long to wait for those who hold none of the locks, until a claim was made. One row, of no use. Apart from
+    /// the claim, which waits for a locked table before it does anything.
     pub(super) bound: Arc<str>,
-    /// `$1` id, `$2` owner, `$3` algorithm and `$4` digest of the fingerprint, `$5` retention, `$6` and `$7` the locks.
-    /// Claims what is vacant, and answers nothing.
+    /// `$1` id, `$2` owner, `$3` algorithm and `$4` digest of the fingerprint, `$5` retention, `$6` to `$8` the locks.
+    /// Claims what is vacant. One row: which lock is [held](held) by somebody else, whether the record is `claimed` now,
+    /// and the *record* that was there before, if there was one. None of all that: somebody had it who let it go, or
+    /// who committed since the statement began. Waiting is as it was before the bound.
     pub(super) claim: Arc<str>,
-    /// `$1` id, `$2` owner, `$3` and `$4` the locks. One row: which lock is [held](held) by somebody else, whether the
-    /// record is `claimed` by this transaction, and the *record*, if there is one. Waiting is as it was before the claim.
+    /// `$1` and `$2` the first lock. Whether it was `got`.
+    pub(super) try_first: Arc<str>,
+    /// `$1` id, `$2` to `$4` the locks. One row: as of a claim, but nothing is claimed, and the second lock is `held` if
+    /// whoever holds it has a first lock of the same record for another fingerprint.
     pub(super) look: Arc<str>,
     /// `$1` id, `$2` owner, `$3` answer, `$4` checksum, `$5` retention. Fails with a division by zero if this transaction
     /// has not claimed the record, so that nothing of it is committed.
@@ -44,7 +53,7 @@ pub(crate) struct TransactionStatements {
     pub(super) check: Arc<str>,
     /// As for a plain claim.
     pub(super) claim_expired: Arc<str>,
-    /// `$1` the second lock, `$2` how long to wait. Waits until the transaction that holds it is over.
+    /// `$1` the second lock, `$2` how long to wait. Waits until the transaction that holds it is over, and has `got` it.
     pub(super) wait: Arc<str>,
 }
 
@@ -52,19 +61,14 @@ pub(crate) struct TransactionStatements {
 pub(super) mod held {
     pub(in super::super) const NONE: i32 = 0;
     /// The first: the same request is at work.
-    pub(in super::super) const SAME: i32 = 1;
+    pub(in super::super) const FIRST: i32 = 1;
+    pub(in super::super) const SECOND: i32 = 2;
 }
 
 impl TransactionStatements {
     pub(in super::super) fn new(table: &PostgresTable, statements: &Statements) -> Self {
         let record = RECORD;
         let table = table.quoted();
-        let held = |first: &str, second: &str| {
-            format!(
-                "CASE WHEN NOT pg_try_advisory_xact_lock({first}::bigint) THEN 1 \
-                 WHEN NOT pg_try_advisory_xact_lock({second}::bigint) THEN 2 ELSE 0 END"
-            )
-        };
         let (expires_at, completed_until) = (after("$5::bigint"), after("$5::bigint"));
         let ours = "owner = $2::bytea AND xmin = pg_current_xact_id_if_assigned()::xid";
         let completed = format!(
@@ -79,23 +83,34 @@ impl TransactionStatements {
                  set_config('lock_timeout', {time}::text, true)"
             )
         };
-        let (lock, look_lock) = (held("$6", "$7"), held("$3", "$4"));
         Self {
             bound: format!("SELECT {}", bounded("$1")).into(),
             claim: format!(
-                "WITH asked AS MATERIALIZED (SELECT \
-                 CASE WHEN EXISTS (SELECT FROM {table} WHERE id = $1::bytea AND expires_at > clock_timestamp()) \
-                 THEN -1 ELSE {lock} END AS held) \
-                 INSERT INTO {table} (id, owner, fence, state, algorithm, fingerprint, lease_until, expires_at, \
-                 purge_at, retention) SELECT $1::bytea, $2::bytea, 1, 'p', $3::smallint, $4::bytea, clock_timestamp(), \
-                 {expires_at}, {expires_at}, $5::bigint FROM asked WHERE held = 0 ON CONFLICT DO NOTHING"
+                "WITH seen AS MATERIALIZED (SELECT {record}, expires_at > clock_timestamp() AS is_kept FROM {table} \
+                 WHERE id = $1::bytea), \
+                 asked AS MATERIALIZED (SELECT CASE WHEN EXISTS (SELECT FROM seen WHERE is_kept) THEN 0 \
+                 WHEN NOT pg_try_advisory_xact_lock($6::integer, $7::integer) THEN 1 \
+                 WHEN NOT pg_try_advisory_xact_lock($8::bigint) THEN 2 ELSE 0 END AS held), \
+                 made AS (INSERT INTO {table} (id, owner, fence, state, algorithm, fingerprint, lease_until, \
+                 expires_at, purge_at, retention) SELECT $1::bytea, $2::bytea, 1, 'p', $3::smallint, $4::bytea, \
+                 clock_timestamp(), {expires_at}, {expires_at}, $5::bigint FROM asked \
+                 WHERE held = 0 AND NOT EXISTS (SELECT FROM seen) ON CONFLICT DO NOTHING RETURNING true AS claimed) \
+                 SELECT set_config('lock_timeout', current_setting('tower_idempotency.lock_timeout'), true), \
+                 held, coalesce(claimed, false) AS claimed, seen.* \
+                 FROM asked LEFT JOIN made ON true LEFT JOIN seen ON true"
             )
             .into(),
+            try_first: "SELECT pg_try_advisory_xact_lock($1::integer, $2::integer) AS got".into(),
+            // One look at the list: it is locked as a whole for that, and a second look would be at another moment.
             look: format!(
-                "SELECT set_config('lock_timeout', current_setting('tower_idempotency.lock_timeout'), true), \
-                 CASE WHEN found.fence IS NOT NULL AND NOT found.expired THEN 0 ELSE {look_lock} END AS held, found.* \
-                 FROM (SELECT) AS one LEFT JOIN (SELECT coalesce({ours}, false) AS claimed, {record} FROM {table} \
-                 WHERE id = $1::bytea) AS found ON true"
+                "WITH locks AS MATERIALIZED (SELECT virtualtransaction, classid, objid, objsubid FROM pg_locks \
+                 WHERE locktype = 'advisory' AND granted \
+                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) \
+                 SELECT CASE WHEN EXISTS (SELECT FROM locks AS second JOIN locks AS first USING (virtualtransaction) \
+                 WHERE second.objsubid = 1 AND second.classid::bigint << 32 | second.objid::bigint = $4::bigint \
+                 AND first.objsubid = 2 AND first.classid = $2::integer::oid AND first.objid <> $3::integer::oid) \
+                 THEN 2 ELSE 0 END AS held, false AS claimed, found.* \
+                 FROM (SELECT) AS one LEFT JOIN (SELECT {record} FROM {table} WHERE id = $1::bytea) AS found ON true"
             )
             .into(),
             complete: format!(
@@ -113,7 +128,7 @@ impl TransactionStatements {
             check: format!("SELECT 1 / count(*) AS done FROM {table} WHERE id = $1::bytea AND {ours}").into(),
             claim_expired: statements.claim_expired.as_str().into(),
             wait: format!(
-                "SELECT {bounded}, pg_advisory_xact_lock($1::bigint)::text AS over",
+                "SELECT {bounded}, pg_advisory_xact_lock($1::bigint)::text, true AS got",
                 bounded = bounded("$2")
             )
             .into(),
@@ -121,18 +136,41 @@ impl TransactionStatements {
     }
 }
 
-/// The locks of one record: over it and the fingerprint, and over it. Advisory locks are the database's, so the table's
-/// name is in them.
-pub(super) fn locks(table: &str, id: &RecordId, fingerprint: &Fingerprint) -> [i64; 2] {
-    let of = |parts: &[&[u8]]| {
-        let mut hash = Sha256::new_with_prefix(b"tower-idempotency lock");
-        hash.update(id.as_bytes());
-        parts.iter().for_each(|part| hash.update(part));
-        hash.update(table.as_bytes());
-        let hash: [u8; 32] = hash.finalize().into();
-        let mut first = [0; 8];
-        first.copy_from_slice(&hash[..8]);
-        i64::from_be_bytes(first)
-    };
-    [of(&[&[fingerprint.algorithm()], fingerprint.digest()]), of(&[])]
+/// The locks of one record. Advisory locks are the database's, so the table's name is in them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Locks {
+    /// Over the record and the fingerprint, as the server shows it: a hash of the record, and one of both. Two requests
+    /// that share it are each other's duplicates while they run, and told apart by the record.
+    pub(super) first: (i32, i32),
+    /// Over the record.
+    pub(super) second: i64,
+}
+
+impl Locks {
+    pub(super) fn of(table: &str, id: &RecordId, fingerprint: &Fingerprint) -> Self {
+        let hash = |parts: &[&[u8]]| -> u64 {
+            let mut hash = Sha256::new_with_prefix(b"tower-idempotency lock");
+            hash.update(id.as_bytes());
+            parts.iter().for_each(|part| hash.update(part));
+            hash.update(table.as_bytes());
+            let hash: [u8; 32] = hash.finalize().into();
+            let mut first = [0; 8];
+            first.copy_from_slice(&hash[..8]);
+            u64::from_be_bytes(first)
+        };
+        let (record, request) = (hash(&[]), hash(&[&[fingerprint.algorithm()], fingerprint.digest()]));
+        Self {
+            first: (low(record), low(request)),
+            second: record.cast_signed(),
+        }
+    }
+
+    /// In the order of the statements' parameters.
+    pub(super) fn values(self) -> [Value; 3] {
+        [self.first.0.into(), self.first.1.into(), self.second.into()]
+    }
+}
+
+fn low(hash: u64) -> i32 {
+    (hash as u32).cast_signed()
 }

@@ -6,21 +6,21 @@ use crate::record::RecordId;
 
 const PLACES: usize = 4096;
 
-/// A replay that is expected costs the server a third less, since it need not be ready to claim. What is expected decides
-/// only what is asked first, never what is answered; so a place is simply taken by whoever comes last.
-pub(super) struct Hints(Box<[AtomicU64]>);
+/// A replay that is expected is a plain read, which costs a server less than being ready to claim. What is expected
+/// decides only what is asked first, never what is answered; so a place is simply taken by whoever comes last.
+pub(in crate::store) struct Hints(Box<[AtomicU64]>);
 
 impl Hints {
-    pub(super) fn new() -> Self {
+    pub(in crate::store) fn new() -> Self {
         Self((0..PLACES).map(|_| AtomicU64::new(0)).collect())
     }
 
-    pub(super) fn add(&self, id: &RecordId) {
+    pub(in crate::store) fn add(&self, id: &RecordId) {
         let (place, name) = self.place(id);
         place.store(name, Relaxed);
     }
 
-    pub(super) fn has(&self, id: &RecordId) -> bool {
+    pub(in crate::store) fn has(&self, id: &RecordId) -> bool {
         let (place, name) = self.place(id);
         place.load(Relaxed) == name
     }

@@ -1,0 +1,100 @@
+//! Statements with their values written into them, where they are sent as one text.
+//!
+//! The values are numbers, and bytes as hexadecimal digits.
+
+use std::fmt::Write;
+
+use super::say::{Say, Value};
+
+/// One text of all of it.
+pub(super) fn text(flight: impl IntoIterator<Item = Say>) -> String {
+    let mut text = String::new();
+    for say in flight {
+        match say {
+            Say::Plain(sql) => text.push_str(sql),
+            Say::Ask(sql, values) => write_with_values(&mut text, &sql, &values),
+        }
+        text.push(';');
+    }
+    text
+}
+
+/// The statement with its values in the places of `$1` and so on; not within quotes, where a table's name stands.
+fn write_with_values(text: &mut String, sql: &str, values: &[Value]) {
+    let mut quoted = None;
+    let mut rest = sql.chars().peekable();
+    while let Some(character) = rest.next() {
+        match (quoted, character) {
+            (None, '$') => {
+                let mut number = 0;
+                while let Some(digit) = rest.peek().and_then(|digit| digit.to_digit(10)) {
+                    number = number * 10 + digit as usize;
+                    rest.next();
+                }
+                if let Some(value) = values.get(number.wrapping_sub(1)) {
+                    write_value(text, value);
+                }
+                continue;
+            }
+            (None, '"' | '\'') => quoted = Some(character),
+            (Some(quote), _) if quote == character => quoted = None,
+            _ => {}
+        }
+        text.push(character);
+    }
+}
+
+fn write_value(text: &mut String, value: &Value) {
+    // Writing to a string does not fail.
+    let _ = match value {
+        Value::Bytes(bytes) => {
+            write_bytes(text, bytes);
+            Ok(())
+        }
+        Value::BytesList(list) => {
+            text.push_str("ARRAY[");
+            for (index, bytes) in list.iter().enumerate() {
+                if index > 0 {
+                    text.push(',');
+                }
+                write_bytes(text, bytes);
+            }
+            text.push(']');
+            Ok(())
+        }
+        // In parentheses: a cast binds closer than a minus.
+        Value::Small(number) => write!(text, "({number})"),
+        Value::Int(number) => write!(text, "({number})"),
+        Value::Long(number) => write!(text, "({number})"),
+        Value::IntList(list) => write!(text, "ARRAY{list:?}"),
+        Value::Text(words) => write!(text, "E'{}'", words.replace('\\', "\\\\").replace('\'', "\\'")),
+    };
+}
+
+fn write_bytes(text: &mut String, bytes: &[u8]) {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    text.reserve(2 * bytes.len() + 20);
+    text.push_str("'\\x");
+    for byte in bytes {
+        text.push(char::from(DIGITS[usize::from(byte >> 4)]));
+        text.push(char::from(DIGITS[usize::from(byte & 15)]));
+    }
+    text.push_str("'::bytea");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_stand_where_the_statement_has_their_numbers_and_nowhere_else() {
+        let values = [
+            Value::from(&[0, 171]),
+            Value::from(-7_i64),
+            Value::from("it's".to_owned()),
+        ];
+        let sql = r#"SELECT $2::bigint, $1::bytea, '$1', $3::text FROM "a$1"."b""$2""#;
+        let expected = r#"SELECT (-7)::bigint, '\x00ab'::bytea::bytea, '$1', E'it\'s'::text FROM "a$1"."b""$2";"#;
+        assert_eq!(text([Say::ask(&sql.into(), values)]), expected);
+    }
+}
