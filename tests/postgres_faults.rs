@@ -283,6 +283,30 @@ async fn a_server_without_room_refuses_new_keys_and_replays_old_ones() {
 }
 
 #[tokio::test]
+async fn a_connection_failure_that_the_server_reports_is_unavailable_and_the_step_may_be_repeated() {
+    let server = Postgres::start(&[]);
+    let store = connect_patiently(&server.url()).await;
+    let lease = acquire(&store, 1).await;
+    // As a server says it whose own connection broke, such as to a shard or behind a proxy.
+    server
+        .say(
+            "CREATE FUNCTION cut() RETURNS trigger LANGUAGE plpgsql AS \
+             $$BEGIN RAISE EXCEPTION USING ERRCODE = '08006'; END$$; \
+             CREATE TRIGGER cut BEFORE INSERT OR UPDATE ON idempotency_records FOR EACH ROW EXECUTE FUNCTION cut()",
+        )
+        .await;
+    let (own, unavailable) = (claim(), ("08006".to_owned(), StoreErrorKind::Unavailable));
+    assert_eq!(said(store.begin(&id(2), &own).await), unavailable);
+    assert_eq!(
+        said(store.complete(&lease, &answer(), MINUTE.into()).await),
+        unavailable
+    );
+    server.say("DROP TRIGGER cut ON idempotency_records").await;
+    assert!(matches!(store.begin(&id(2), &own).await, Ok(Begin::Acquired(_))));
+    store.complete(&lease, &answer(), MINUTE.into()).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_table_that_is_altered_meanwhile_is_read_anew() {
     let server = Postgres::start(&[]);
     let store = connect_patiently(&server.url()).await;
@@ -592,6 +616,34 @@ async fn a_step_that_is_left_keeps_nobody_from_the_next() {
     // The only connection would be waiting still.
     acquire(&store, 2).await;
     lock.rollback().await.unwrap();
+}
+
+#[tokio::test]
+async fn steps_that_were_given_up_behind_an_open_transaction_leave_no_session_behind() {
+    let server = Postgres::start(&[]);
+    let builder = builder().max_connections(2).timeout(Duration::from_millis(300));
+    let store = builder.connect(&server.url()).await.unwrap();
+    let mut client = server.client().await;
+    let open = client.transaction().await.unwrap();
+    let manual = "INSERT INTO idempotency_records SELECT 1, later, later, later, 0, NULL, 1, 'p', decode(repeat('01', 32), 'hex'), \
+                  decode(repeat('07', 16), 'hex'), sha256(''), NULL FROM (SELECT now() + interval '1 hour') AS one (later)";
+    open.execute(manual, &[]).await.unwrap();
+    let first = tokio::spawn({
+        let store = store.clone();
+        async move { store.begin(&id(1), &claim()).await }
+    });
+    until_it_waits(&server).await;
+    assert_eq!(kind(first.await.unwrap()), StoreErrorKind::Unavailable);
+    for _ in 0..3 {
+        assert_eq!(kind(store.begin(&id(1), &claim()).await), StoreErrorKind::Unavailable);
+    }
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tower-idempotency' \
+                   AND wait_event_type = 'Lock'";
+    let gone = async { while server.ask::<i64>(waiting).await > 0 {} };
+    tokio::time::timeout(MINUTE, gone).await.expect("none is left");
+    // That one is open still.
+    open.commit().await.unwrap();
+    assert!(matches!(until_back(&store, 1).await, Begin::InProgress { .. }));
 }
 
 // ---- a pooler

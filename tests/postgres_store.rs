@@ -459,6 +459,44 @@ async fn a_waiter_hears_of_every_end_on_its_own_node_and_on_another() {
 }
 
 #[tokio::test]
+async fn a_release_wakes_one_waiter_and_the_next_if_that_one_leaves_and_a_completion_wakes_all() {
+    let server = Postgres::start(&[]);
+    // With one connection no question to the server is in between a release and its end.
+    let store = builder().max_connections(1).connect(&server.url()).await.unwrap();
+    let record = id(1);
+    let mut lease = acquire(&store, 1).await;
+    let mut waiters: Vec<_> = (0..5).map(|_| Box::pin(store.changed(&record))).collect();
+    for waiter in &mut waiters {
+        assert!(!is_ready(waiter.as_mut()).await);
+    }
+    store.release(&lease).await.unwrap();
+    // Woken, and left before it heard of it.
+    drop(waiters.remove(0));
+    let mut ready = Vec::new();
+    for waiter in &mut waiters {
+        ready.push(is_ready(waiter.as_mut()).await);
+    }
+    assert_eq!(ready, [true, false, false, false]);
+    // It heard of it, and left without a claim: the record is still vacant, which is found out.
+    drop(waiters.remove(0));
+    waiters.remove(0).await;
+    lease = match store.begin(&record, &claim()).await.unwrap() {
+        Begin::Acquired(lease) => lease,
+        other => panic!("{other:?}"),
+    };
+    let mut waiters: Vec<_> = (0..5).map(|_| Box::pin(store.changed(&record))).collect();
+    for waiter in &mut waiters {
+        while is_ready(waiter.as_mut()).await {
+            *waiter = Box::pin(store.changed(&record));
+        }
+    }
+    store.complete(&lease, &kept(1), MINUTE.into()).await.unwrap();
+    for waiter in &mut waiters {
+        assert!(is_ready(waiter.as_mut()).await);
+    }
+}
+
+#[tokio::test]
 async fn waiters_hold_no_connection() {
     let server = Postgres::start(&[]);
     let store = builder().max_connections(1).connect(&server.url()).await.unwrap();

@@ -30,6 +30,9 @@ const COMPLETED: [u8; 1082] = [b'x'; 1082];
 const TICKS_PER_SECOND: f64 = 100.0;
 
 pub async fn measure(options: &Options) {
+    if options.wants("postgres, room") {
+        room().await;
+    }
     for (name, settings) in [
         ("postgres, no fsync", &["fsync=off"][..]),
         ("postgres, fsync as it is", &["fsync=on"]),
@@ -43,6 +46,33 @@ pub async fn measure(options: &Options) {
             beside(options, settings).await;
         }
     }
+}
+
+/// What a completed record with an answer of 1 KiB takes of the disk, indexes included.
+async fn room() {
+    const RECORDS: u64 = 20_000;
+    let server = Postgres::start(&["autovacuum=off"]);
+    let store = PostgresStore::builder().create_table(true).purge_every(None);
+    let store = store.connect(&server.url()).await.unwrap();
+    let tasks: Vec<_> = (0..16)
+        .map(|_| {
+            let store = store.clone();
+            tokio::spawn(async move {
+                for _ in 0..RECORDS / 16 {
+                    cycle(&store, DAY).await;
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let size = async |sql: &str| server.ask::<i64>(sql).await as u64 / RECORDS;
+    println!(
+        "\n== postgres: {} bytes of the table and {} of its indexes for a completed record",
+        size("SELECT pg_table_size('idempotency_records')").await,
+        size("SELECT pg_indexes_size('idempotency_records')").await,
+    );
 }
 
 /// Of all processes of the server.

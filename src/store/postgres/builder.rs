@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{Hook, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 use tokio_postgres::{Config, NoTls};
 
 use super::{
@@ -132,8 +132,17 @@ impl PostgresStoreBuilder {
         // A look at the socket; whether the server answers is found by the step that needs it.
         let recycling_method = RecyclingMethod::Fast;
         let manager = Manager::from_config(config, NoTls, ManagerConfig { recycling_method });
+        let notice = notices_its_client_is_gone(self.timeout);
         let pool = Pool::builder(manager)
             .max_size(self.max_connections)
+            .post_create(Hook::async_fn(move |client, _| {
+                let notice = notice.clone();
+                Box::pin(async move {
+                    // A server that cannot do it does without, and a connection that is lost says so at its first step.
+                    let _ = client.batch_execute(&notice).await;
+                    Ok(())
+                })
+            }))
             .runtime(Runtime::Tokio1)
             .build()
             .map_err(|error| StoreError::with_source(StoreErrorKind::Other, error))?;
@@ -160,7 +169,7 @@ impl PostgresStoreBuilder {
         )
         .await?;
         let inner = Arc::new(Inner {
-            waiters: Waiters::new(Arc::clone(&connections), statements.in_progress.clone()),
+            waiters: Waiters::new(Arc::clone(&connections), statements.there.clone()),
             hints: Hints::new(),
             table: self.table,
             statements,
@@ -171,4 +180,16 @@ impl PostgresStoreBuilder {
         }
         Ok(PostgresStore::new(inner))
     }
+}
+
+/// A session whose step waits for somebody's lock goes on waiting when the client has given up and closed its connection,
+/// unless it looks for that now and then: each try of a request would leave one behind. Not a limit to the waiting
+/// itself, which handlers on these connections would have, too; and not a cancellation, which may make a commit visible
+/// before the standby has it.
+fn notices_its_client_is_gone(every: Duration) -> String {
+    let millis = every.as_millis().clamp(1, i32::MAX as u128);
+    format!(
+        "SELECT set_config('client_connection_check_interval', '{millis}ms', false) \
+         WHERE current_setting('server_version_num')::int >= 140000"
+    )
 }

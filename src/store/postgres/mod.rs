@@ -21,9 +21,9 @@ pub use self::transaction::SqlxTransaction;
 pub use self::{builder::PostgresStoreBuilder, table::PostgresTable, transaction::PostgresTransaction};
 use self::{
     connection::{Connections, Value},
-    record::{COMPLETED, Found, Row},
+    record::{COMPLETED, FIRST, Found, Row},
     statements::{Statements, micros, retention_micros},
-    waiters::Waiters,
+    waiters::{Waiters, Wake},
 };
 use super::{Store, hints::Hints};
 use crate::{
@@ -104,6 +104,8 @@ impl fmt::Debug for PostgresStore {
 impl Store for PostgresStore {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         let begin = self.inner.begin(id, claim).await?;
+        // None of what is still going on: a look succeeds on a server that became a replica, where that may be otherwise
+        // by now. A claim fails there, and its connection is given up.
         if let Begin::Completed { .. } = begin {
             self.inner.hints.add(id);
         }
@@ -126,6 +128,7 @@ impl Store for PostgresStore {
             result => result?,
         }
         inner.hints.add(&lease.id);
+        inner.waiters.wake(&lease.id, Wake::All);
         Ok(())
     }
 
@@ -142,14 +145,18 @@ impl Store for PostgresStore {
         let deadline = self.inner.connections.deadline();
         self.inner
             .end(&self.inner.statements.release, lease, &[], deadline)
-            .await
+            .await?;
+        self.inner.waiters.wake(&lease.id, Wake::One);
+        Ok(())
     }
 
     async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
         let deadline = self.inner.connections.deadline();
         self.inner
             .end(&self.inner.statements.abandon, lease, &[], deadline)
-            .await
+            .await?;
+        self.inner.waiters.wake(&lease.id, Wake::All);
+        Ok(())
     }
 
     async fn changed(&self, id: &RecordId) {
@@ -158,39 +165,43 @@ impl Store for PostgresStore {
 }
 
 impl Inner {
-    /// Nearly always one statement. What it finds to be vacant or lost is claimed by another, which compares what was
-    /// seen and does nothing if it is not so any more; then all begins from the start.
+    /// One statement for a new key, and one for a record that this node saw completed; else two, a claim that finds the
+    /// key taken and a look. What a look finds to be vacant or lost is claimed by a statement that compares
+    /// what was seen and does nothing if it is not so any more; then all begins from the start.
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         let deadline = self.connections.deadline();
         let acquired = |fence| Ok(Begin::Acquired(Lease::new(*id, claim.owner, fence)));
         let mut look_first = self.hints.has(id);
         // Each turn somebody else got ahead; the deadline ends it at last.
         loop {
-            let found = match std::mem::take(&mut look_first) {
-                true => self.look(id, deadline).await?,
-                false => {
-                    let row = self.ask(&self.statements.claim, id, claim, &[], deadline).await?;
-                    row.as_ref().map(Row::read).transpose()?
-                }
+            let refused = match std::mem::take(&mut look_first) {
+                true => None,
+                false => match self.insert(id, claim, deadline).await {
+                    Ok(true) => return acquired(FIRST),
+                    Ok(false) => None,
+                    // What is there already is answered all the same.
+                    Err(error) if error.kind() == StoreErrorKind::Full => Some(error),
+                    Err(error) => return Err(error),
+                },
             };
-            let found = found.map(|row| row.found(id, claim.owner)).transpose()?;
+            let found = match (self.look(id, deadline).await?, refused) {
+                (Some(row), _) => row.found(id, claim.owner)?,
+                (None, Some(refused)) => return Err(refused),
+                (None, None) => continue,
+            };
             let next = match found {
-                None => None,
-                Some(Found::Acquired(lease)) => return Ok(Begin::Acquired(lease)),
-                Some(Found::Own) => self.renew(*id, claim.owner.as_bytes(), claim.lease, deadline).await?,
-                Some(Found::Expired) => {
-                    let row = self
-                        .ask(&self.statements.claim_expired, id, claim, &[], deadline)
-                        .await?;
-                    fence(row.as_ref())?
+                Found::Own => self.renew(*id, claim.owner.as_bytes(), claim.lease, deadline).await?,
+                Found::Expired => {
+                    self.update(&self.statements.claim_expired, id, claim, &[], deadline)
+                        .await?
                 }
-                Some(Found::Other(Begin::Abandoned { lost, .. })) if claim.takeover == Some(lost) => {
+                Found::Other(Begin::Abandoned { lost, .. }) if claim.takeover == Some(lost) => {
                     let (owner, number) = (&lost.owner.as_bytes()[..], lost.fence.cast_signed());
                     let lost = [(&owner as _, Type::BYTEA), (&number as _, Type::INT8)];
-                    let row = self.ask(&self.statements.take_over, id, claim, &lost, deadline).await?;
-                    fence(row.as_ref())?
+                    self.update(&self.statements.take_over, id, claim, &lost, deadline)
+                        .await?
                 }
-                Some(Found::Other(begin)) => return Ok(begin),
+                Found::Other(begin) => return Ok(begin),
             };
             if let Some(fence) = next {
                 return acquired(fence.cast_unsigned());
@@ -198,30 +209,29 @@ impl Inner {
         }
     }
 
-    /// One of the statements that a claim is made by.
-    async fn ask(
+    /// Whether there was no record.
+    async fn insert(&self, id: &RecordId, claim: &Claim, deadline: Instant) -> Result<bool, StoreError> {
+        let values = ClaimValues::of(id, claim);
+        let inserted = self
+            .connections
+            .execute(&self.statements.claim, &values.all(), deadline)
+            .await?;
+        Ok(inserted == 1)
+    }
+
+    /// The fence of the claim, if the record was as it was seen.
+    async fn update(
         &self,
         sql: &str,
         id: &RecordId,
         claim: &Claim,
         more: &[Value<'_>],
         deadline: Instant,
-    ) -> Result<Option<tokio_postgres::Row>, StoreError> {
-        let (id, owner) = (&id.as_bytes()[..], &claim.owner.as_bytes()[..]);
-        let algorithm = i16::from(claim.fingerprint.algorithm());
-        let digest = &claim.fingerprint.digest()[..];
-        let (lease, retention) = (micros(claim.lease), retention_micros(claim.retention));
-        let mut values: Vec<Value<'_>> = vec![
-            (&id, Type::BYTEA),
-            (&owner, Type::BYTEA),
-            (&algorithm, Type::INT2),
-            (&digest, Type::BYTEA),
-            (&lease, Type::INT8),
-            (&retention, Type::INT8),
-        ];
-        values.extend_from_slice(more);
+    ) -> Result<Option<i64>, StoreError> {
+        let values = ClaimValues::of(id, claim);
+        let values = [&values.all(), more].concat();
         let rows = self.connections.query(sql, &values, deadline).await?;
-        Ok(rows.into_iter().next())
+        fence(rows.first())
     }
 
     async fn look(&self, id: &RecordId, deadline: Instant) -> Result<Option<Row>, StoreError> {
@@ -230,7 +240,7 @@ impl Inner {
             .connections
             .query(&self.statements.look, &[(&id, Type::BYTEA)], deadline)
             .await?;
-        rows.first().map(Row::read).transpose()
+        rows.first().map(Row::seen).transpose()
     }
 
     /// The fence, if the record is the owner's and in progress.
@@ -254,6 +264,7 @@ impl Inner {
         fence(rows.first())
     }
 
+    /// Fenced, if there is nothing of the lease's to be ended.
     async fn end(&self, sql: &str, lease: &Lease, more: &[Value<'_>], deadline: Instant) -> Result<(), StoreError> {
         let (id, owner) = (&lease.id.as_bytes()[..], &lease.owner.as_bytes()[..]);
         let mut values: Vec<Value<'_>> = vec![(&id, Type::BYTEA), (&owner, Type::BYTEA)];
@@ -261,7 +272,6 @@ impl Inner {
         if self.connections.execute(sql, &values, deadline).await? == 0 {
             return Err(StoreErrorKind::Fenced.into());
         }
-        self.waiters.wake(&lease.id);
         Ok(())
     }
 
@@ -272,6 +282,40 @@ impl Inner {
                 && row.expired == Some(false)
                 && row.owner.as_deref() == Some(&lease.owner.as_bytes()[..])
         }))
+    }
+}
+
+/// `$1` to `$6` of the statements that claim.
+struct ClaimValues<'a> {
+    id: &'a [u8],
+    owner: &'a [u8],
+    algorithm: i16,
+    digest: &'a [u8],
+    lease: i64,
+    retention: i64,
+}
+
+impl<'a> ClaimValues<'a> {
+    fn of(id: &'a RecordId, claim: &'a Claim) -> Self {
+        Self {
+            id: id.as_bytes(),
+            owner: claim.owner.as_bytes(),
+            algorithm: claim.fingerprint.algorithm().into(),
+            digest: claim.fingerprint.digest(),
+            lease: micros(claim.lease),
+            retention: retention_micros(claim.retention),
+        }
+    }
+
+    fn all(&self) -> [Value<'_>; 6] {
+        [
+            (&self.id, Type::BYTEA),
+            (&self.owner, Type::BYTEA),
+            (&self.algorithm, Type::INT2),
+            (&self.digest, Type::BYTEA),
+            (&self.lease, Type::INT8),
+            (&self.retention, Type::INT8),
+        ]
     }
 }
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio_postgres::types::{FromSql, Type, accepts};
 
 use super::statements::FOREVER;
 use crate::{
@@ -12,12 +13,9 @@ use crate::{
     record::{Begin, Lease, Owner, RecordId, Retention},
 };
 
-/// The columns of a *record*, by the names that [`Statements`](super::statements::Statements) give them, whichever
-/// client read them.
+/// A *record* as [`Statements`](super::statements::Statements) answer it, whichever client read it.
 #[derive(Debug, Default)]
 pub(crate) struct Row {
-    /// The claim made it; then there is a fence and nothing else.
-    pub(crate) acquired: bool,
     pub(crate) owner: Option<Vec<u8>>,
     pub(crate) fence: i64,
     pub(crate) state: Option<i8>,
@@ -33,7 +31,6 @@ pub(crate) struct Row {
 /// What a claim found.
 #[derive(Debug)]
 pub(crate) enum Found {
-    Acquired(Lease),
     /// A record that counts as if it were not there.
     Expired,
     /// In progress, and the claim's own.
@@ -42,16 +39,55 @@ pub(crate) enum Found {
     Other(Begin),
 }
 
+/// The fence of a first attempt.
+pub(super) const FIRST: u64 = 1;
+
 const IN_PROGRESS: i8 = b'p' as i8;
 const ABANDONED: i8 = b'a' as i8;
 pub(crate) const COMPLETED: i8 = b'c' as i8;
 
+/// A time as the server counts it: microseconds since some moment, and the largest number for one that never comes.
+struct Moment(i64);
+
+impl<'a> FromSql<'a> for Moment {
+    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
+        i64::from_sql(&Type::INT8, raw).map(Self)
+    }
+
+    accepts!(TIMESTAMPTZ);
+}
+
 impl Row {
-    /// As tokio-postgres gives it.
+    /// As a look answers it to tokio-postgres: by place, and with the times as they are.
+    pub(super) fn seen(row: &tokio_postgres::Row) -> Result<Self, StoreError> {
+        let read = || {
+            let state = row.try_get(2)?;
+            let [Moment(lease_until), Moment(expires_at), Moment(now)] =
+                [row.try_get(7)?, row.try_get(8)?, row.try_get(9)?];
+            let end = if state == Some(IN_PROGRESS) {
+                lease_until
+            } else {
+                expires_at
+            };
+            Ok(Self {
+                owner: row.try_get(0)?,
+                fence: row.try_get(1)?,
+                state,
+                algorithm: row.try_get(3)?,
+                fingerprint: row.try_get(4)?,
+                answer: row.try_get(5)?,
+                checksum: row.try_get(6)?,
+                expired: Some(expires_at <= now),
+                time_left: Some(end.saturating_sub(now).min(FOREVER)),
+            })
+        };
+        read().map_err(|error: tokio_postgres::Error| corrupt(error))
+    }
+
+    /// By the names of [`RECORD`](super::statements::RECORD), as tokio-postgres gives it.
     pub(crate) fn read(row: &tokio_postgres::Row) -> Result<Self, StoreError> {
         let read = || {
             Ok(Self {
-                acquired: row.try_get("acquired")?,
                 owner: row.try_get("owner")?,
                 fence: row.try_get("fence")?,
                 state: row.try_get("state")?,
@@ -70,9 +106,6 @@ impl Row {
     /// Reads a row that is `asking`'s answer.
     pub(crate) fn found(self, id: &RecordId, asking: Owner) -> Result<Found, StoreError> {
         let fence = u64::try_from(self.fence).map_err(corrupt)?;
-        if self.acquired {
-            return Ok(Found::Acquired(Lease::new(*id, asking, fence)));
-        }
         if self.expired.ok_or_else(missing)? {
             return Ok(Found::Expired);
         }

@@ -29,14 +29,13 @@ pub(crate) fn retention_micros(retention: Retention) -> i64 {
 
 /// The statements for one table. Parameters are typed by the text, so any client can send them.
 ///
-/// Those that answer a *record* answer no row or one, with the columns of [`Row`](super::record::Row).
+/// Those that answer a *record* answer no row or one.
 #[derive(Clone, Debug)]
 pub(crate) struct Statements {
     /// `$1` id, `$2` owner, `$3` algorithm and `$4` digest of the fingerprint, `$5` lease, `$6` retention. Acquires the
-    /// record if there is none, or answers the *record* that is there. No row: somebody else acquired it just now, and
-    /// it is to be asked again.
+    /// record as its first attempt if there is none, expired or not; else it writes nothing.
     pub(crate) claim: String,
-    /// `$1` id. The *record*, read only.
+    /// `$1` id. The *record*, read only, as [`Row::seen`](super::record::Row::seen) reads it.
     pub(crate) look: String,
     /// `$1` to `$6` as for a claim. Acquires a record that has expired; the new `fence`, or no row.
     pub(crate) claim_expired: String,
@@ -51,8 +50,8 @@ pub(crate) struct Statements {
     pub(crate) release: String,
     /// `$1` id, `$2` owner.
     pub(crate) abandon: String,
-    /// `$1` ids. Those that are in progress still.
-    pub(crate) in_progress: String,
+    /// `$1` ids. The `id` of each record that is there, and whether it is in progress still.
+    pub(crate) there: String,
     /// `$1` how many at most. Removes records that have expired, and leaves alone what others work on.
     pub(crate) purge: String,
     /// `$1` how many at most. Those that were to be looked at by now, but have not expired, are put off.
@@ -66,8 +65,13 @@ pub(super) fn after(micros: &str) -> String {
     )
 }
 
-/// The columns of a *record*. Of what never ends a thousand years are left.
-pub(super) const RECORD: &str = "false AS acquired, owner, fence, state, algorithm, fingerprint, answer, checksum, \
+/// The columns of a *record* with its times as they are, and the server's. Sums are the client's: the server would reckon
+/// with decimal numbers and calendars.
+const SEEN: &str = "owner, fence, state, algorithm, fingerprint, answer, checksum, lease_until, expires_at, \
+     clock_timestamp()";
+
+/// The columns of a *record*, by name and for any client. Of what never ends a thousand years are left.
+pub(super) const RECORD: &str = "owner, fence, state, algorithm, fingerprint, answer, checksum, \
      expires_at <= clock_timestamp() AS expired, \
      (extract(epoch FROM least(CASE state WHEN 'p' THEN lease_until ELSE expires_at END, \
      clock_timestamp() + interval '1000 years') - clock_timestamp()) * 1000000)::bigint AS time_left";
@@ -75,7 +79,6 @@ pub(super) const RECORD: &str = "false AS acquired, owner, fence, state, algorit
 impl Statements {
     pub(crate) fn new(table: &PostgresTable) -> Self {
         let table = table.quoted();
-        let record = RECORD;
         let (lease_until, expires_at) = (after("$5::bigint"), after("($5::bigint + $6::bigint)"));
         let claimed = format!(
             "owner = $2::bytea, state = 'p', algorithm = $3::smallint, fingerprint = $4::bytea, \
@@ -94,15 +97,11 @@ impl Statements {
         };
         Self {
             claim: format!(
-                "WITH seen AS MATERIALIZED (SELECT {record} FROM {table} WHERE id = $1::bytea), \
-                 acquired AS (INSERT INTO {table} (id, owner, fence, state, algorithm, fingerprint, lease_until, \
-                 expires_at, purge_at, retention) \
-                 SELECT $1::bytea, $2::bytea, 1, 'p', $3::smallint, $4::bytea, {lease_until}, {expires_at}, \
-                 {expires_at}, $6::bigint WHERE NOT EXISTS (SELECT FROM seen) ON CONFLICT DO NOTHING RETURNING fence) \
-                 SELECT * FROM seen UNION ALL SELECT true, NULL::bytea, fence, NULL::\"char\", NULL::smallint, \
-                 NULL::bytea, NULL::bytea, NULL::integer, NULL::boolean, NULL::bigint FROM acquired"
+                "INSERT INTO {table} (id, owner, fence, state, algorithm, fingerprint, lease_until, expires_at, \
+                 purge_at, retention) VALUES ($1::bytea, $2::bytea, 1, 'p', $3::smallint, $4::bytea, {lease_until}, \
+                 {expires_at}, {expires_at}, $6::bigint) ON CONFLICT DO NOTHING"
             ),
-            look: format!("SELECT {record} FROM {table} WHERE id = $1::bytea"),
+            look: format!("SELECT {SEEN} FROM {table} WHERE id = $1::bytea"),
             claim_expired: format!(
                 "UPDATE {table} SET {claimed}, fence = 1 WHERE id = $1::bytea AND expires_at <= clock_timestamp() \
                  RETURNING fence"
@@ -127,9 +126,9 @@ impl Statements {
                 "UPDATE {table} SET state = 'a', lease_until = clock_timestamp(), expires_at = {abandoned_expiry} \
                  WHERE {own} AND state = 'p'"
             ),
-            in_progress: format!(
-                "SELECT id FROM {table} WHERE id = ANY ($1::bytea[]) AND state = 'p' \
-                 AND lease_until > clock_timestamp()"
+            there: format!(
+                "SELECT id, state = 'p' AND lease_until > clock_timestamp() FROM {table} \
+                 WHERE id = ANY ($1::bytea[]) AND expires_at > clock_timestamp()"
             ),
             purge: format!("DELETE FROM {table} WHERE {}", due("expires_at <= clock_timestamp()")),
             put_off: format!(

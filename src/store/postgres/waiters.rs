@@ -6,7 +6,7 @@
 //! neither a pooler in transaction mode nor somebody else's pool can give.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
@@ -26,8 +26,8 @@ const MOST: usize = 1000;
 
 pub(super) struct Waiters {
     connections: Arc<Connections>,
-    /// [`Statements::in_progress`](super::statements::Statements::in_progress).
-    in_progress: String,
+    /// [`Statements::there`](super::statements::Statements::there).
+    there: String,
     state: Mutex<State>,
 }
 
@@ -42,6 +42,16 @@ struct Listeners {
     count: usize,
 }
 
+/// Who is to hear of a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wake {
+    /// All find their answer.
+    All,
+    /// The first of them claims what is vacant, and the others would only find it claimed. If that one is gone by then,
+    /// the next question wakes another.
+    One,
+}
+
 /// A place among the listeners, free again when it is dropped.
 struct Place<'a> {
     waiters: &'a Waiters,
@@ -49,10 +59,10 @@ struct Place<'a> {
 }
 
 impl Waiters {
-    pub(super) fn new(connections: Arc<Connections>, in_progress: String) -> Arc<Self> {
+    pub(super) fn new(connections: Arc<Connections>, there: String) -> Arc<Self> {
         Arc::new(Self {
             connections,
-            in_progress,
+            there,
             state: Mutex::default(),
         })
     }
@@ -64,9 +74,12 @@ impl Waiters {
         notify.notified().await;
     }
 
-    pub(super) fn wake(&self, id: &RecordId) {
+    pub(super) fn wake(&self, id: &RecordId, who: Wake) {
         if let Some(listeners) = self.state().records.get(id) {
-            listeners.notify.notify_waiters();
+            match who {
+                Wake::All => listeners.notify.notify_waiters(),
+                Wake::One => listeners.notify.notify_one(),
+            }
         }
     }
 
@@ -111,10 +124,17 @@ impl Waiters {
             let ids: Vec<&[u8]> = some.iter().map(|id| &id.as_bytes()[..]).collect();
             let values = [(&ids as _, Type::BYTEA_ARRAY)];
             let deadline = self.connections.deadline();
-            let rows = self.connections.query(&self.in_progress, &values, deadline).await?;
-            let in_progress: HashSet<&[u8]> = rows.iter().filter_map(|row| row.try_get(0).ok()).collect();
-            for id in some.iter().filter(|id| !in_progress.contains(&id.as_bytes()[..])) {
-                self.wake(id);
+            let rows = self.connections.query(&self.there, &values, deadline).await?;
+            let there = rows
+                .iter()
+                .filter_map(|row| Some((row.try_get(0).ok()?, row.try_get(1).ok()?)));
+            let there: HashMap<&[u8], bool> = there.collect();
+            for id in some {
+                match there.get(&id.as_bytes()[..]) {
+                    Some(true) => {}
+                    Some(false) => self.wake(id, Wake::All),
+                    None => self.wake(id, Wake::One),
+                }
             }
         }
         Ok(())

@@ -342,7 +342,7 @@ impl Looked {
             record::Found::Expired => Some(in_flight().unwrap_or(Looking::Expired)),
             record::Found::Other(begin) => Some(Looking::Found(Found::Kept(begin))),
             // No claim of this owner was ever committed.
-            record::Found::Own | record::Found::Acquired(_) => None,
+            record::Found::Own => None,
         })
     }
 }

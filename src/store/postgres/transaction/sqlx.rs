@@ -183,7 +183,6 @@ impl Looked {
                 row: match fence {
                     None => None,
                     Some(fence) => Some(record::Row {
-                        acquired: false,
                         owner: row.try_get("owner")?,
                         fence,
                         state: row.try_get("state")?,
