@@ -40,6 +40,39 @@ pub fn key_header(bytes: &[u8]) {
     }
 }
 
+/// The strict form takes exactly what RFC 9651 calls a String (section 4.2.5), if it is alone and within the key's own
+/// rules; the parser that takes it is not asked here.
+pub fn structured_field(bytes: &[u8]) {
+    let Ok(value) = HeaderValue::from_bytes(bytes) else {
+        return;
+    };
+    let strict = KeyRules {
+        format: KeyFormat::Strict,
+        ..KeyRules::default()
+    };
+    let is_key = |text: &String| (1..=255).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
+    let expected = structured_string(bytes.trim_ascii()).filter(is_key);
+    let taken = strict.parse_header(&HEADER, &value).ok();
+    assert_eq!(taken.as_ref().map(|key| key.as_str()), expected.as_deref());
+}
+
+fn structured_string(bytes: &[u8]) -> Option<String> {
+    let mut bytes = bytes.strip_prefix(b"\"")?.iter();
+    let mut text = String::new();
+    loop {
+        match *bytes.next()? {
+            b'"' if bytes.len() == 0 => return Some(text),
+            b'"' => return None,
+            b'\\' => match *bytes.next()? {
+                byte @ (b'"' | b'\\') => text.push(char::from(byte)),
+                _ => return None,
+            },
+            byte @ b' '..=b'~' => text.push(char::from(byte)),
+            _ => return None,
+        }
+    }
+}
+
 /// Stored bytes are an answer that is written down the same again, or an error.
 pub fn codec(bytes: &[u8]) {
     let Ok(stored) = StoredResponse::from_bytes(Bytes::copy_from_slice(bytes)) else {
@@ -121,6 +154,11 @@ mod tests {
     #[test]
     fn a_key_of_any_bytes_is_taken_by_the_rules_or_refused() {
         try_out("key_header", super::key_header);
+    }
+
+    #[test]
+    fn the_strict_form_takes_strings_as_the_rfc_defines_them_and_nothing_else() {
+        try_out("structured_field", super::structured_field);
     }
 
     #[test]

@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use axum::{body::Body, response::IntoResponse};
 use http::{HeaderName, HeaderValue, Method, Request, StatusCode};
+use http_body_util::BodyExt;
 use support::app::{answering, call, gated, keyed, open, pay, spawn};
 use tokio::time::advance;
+use tower::ServiceExt;
 use tower_idempotency::{
     Concurrent, Fingerprinter, IdempotencyLayer, KeyFormat, KeySource, MemoryStore, Retention, Scope,
 };
@@ -470,6 +472,29 @@ async fn an_answer_is_kept_for_its_retention_from_completion() {
         "it expired: this is a new operation"
     );
     assert_eq!((control.runs(), store.len()), (2, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replay_that_is_under_way_when_its_record_expires_is_sent_whole() {
+    let hour = Duration::from_secs(3600);
+    let (store, layer) = layer();
+    let control = open();
+    let app = answering(&control, layer.retention(hour), |run, _, _| {
+        vec![run as u8; 100_000].into_response()
+    });
+    let first = call(&app, keyed("k", "a")).await;
+    advance(hour - Duration::from_millis(1)).await;
+    // Its head is there, and its body is not yet asked for.
+    let replay = app.clone().oneshot(keyed("k", "a")).await.unwrap();
+    advance(Duration::from_secs(1)).await;
+    let again = call(&app, keyed("k", "a")).await;
+    assert_eq!(
+        (again.body[0], control.runs(), store.len()),
+        (2, 2, 1),
+        "the record is another one"
+    );
+    let body = replay.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(body, first.body);
 }
 
 #[tokio::test(start_paused = true)]
