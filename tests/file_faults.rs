@@ -504,6 +504,11 @@ async fn a_file_that_was_cut_is_refused() {
         4096,
         8192,
         72 << 10,
+        TABLES as usize,
+        TABLES as usize + 1,
+        TABLES as usize + 4095,
+        TABLES as usize + 4096,
+        TABLES as usize + 8191,
         length / 2,
         length - 4096,
         length - 1,
@@ -516,6 +521,10 @@ async fn a_file_that_was_cut_is_refused() {
             FileStoreErrorKind::Damaged
         };
         assert_eq!(kind, expected, "cut at {cut} of {length}");
+        assert!(
+            std::fs::read(&path).unwrap() == whole[..cut],
+            "what is left is left as it is"
+        );
     }
     std::fs::write(&path, &whole).unwrap();
     FileStore::open(&path).await.unwrap();

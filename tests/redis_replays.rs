@@ -22,7 +22,7 @@ async fn look(store: &RedisStore, number: u32) -> Begin {
 
 /// How often records were read, and set or tried to.
 async fn calls(server: &Redis) -> (u64, u64) {
-    (server.calls("get").await, server.calls("set").await)
+    (server.calls("getex").await, server.calls("set").await)
 }
 
 #[tokio::test]
@@ -39,6 +39,29 @@ async fn a_replay_that_is_expected_is_a_plain_read_and_any_other_one_is_a_claim(
     assert_eq!(calls(&server).await, (read + 1, set + 1));
     assert!(is_replay(&look(&other, 1).await, 10));
     assert_eq!(calls(&server).await, (read + 2, set + 1));
+}
+
+#[tokio::test]
+async fn a_server_that_may_not_write_any_more_replays_nothing_that_may_have_been_lost_elsewhere() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    let lease = acquire(&store, 1).await;
+    complete(&store, &lease, 10).await;
+    assert!(is_replay(&look(&store, 1).await, 10));
+    let before: (Vec<u8>, i64) = (
+        server.ask(&["DUMP", &key(1)]).await,
+        server.ask(&["PEXPIRETIME", &key(1)]).await,
+    );
+    // Nobody listens there: it goes on with what it has.
+    server.say(&["REPLICAOF", "127.0.0.1", "1"]).await;
+    assert_eq!(kind(store.begin(&id(1), &claim()).await), StoreErrorKind::Unavailable);
+    server.say(&["REPLICAOF", "NO", "ONE"]).await;
+    assert!(is_replay(&look(&store, 1).await, 10));
+    let after = (
+        server.ask(&["DUMP", &key(1)]).await,
+        server.ask(&["PEXPIRETIME", &key(1)]).await,
+    );
+    assert_eq!(before, after, "it was read and not changed");
 }
 
 #[tokio::test]

@@ -412,3 +412,92 @@ async fn a_channel_that_nobody_listens_to_is_left() {
         tokio::task::yield_now().await;
     }
 }
+
+// ---- what is not as this store left it
+
+/// What is stored, and when it ends: `DUMP` says nothing of the time.
+async fn stored(server: &Redis, number: u8) -> (Vec<u8>, i64) {
+    let value = server.ask(&["DUMP", &key(number)]).await;
+    (value, server.ask(&["PEXPIRETIME", &key(number)]).await)
+}
+
+#[tokio::test]
+async fn no_step_changes_a_record_of_a_newer_version() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    let long = MINUTE * 60;
+    for state in 0..3 {
+        let lease = acquire(&store, state).await;
+        match state {
+            1 => store.abandon(&lease).await.unwrap(),
+            2 => store.complete(&lease, &answer(), MINUTE.into()).await.unwrap(),
+            _ => {}
+        }
+        server.say(&["SETRANGE", &key(state), "0", "\u{2}"]).await;
+        let before = stored(&server, state).await;
+        for step in 0..5 {
+            let done = match step {
+                0 => store.complete(&lease, &answer(), long.into()).await,
+                1 => store.complete(&lease, &answer(), Retention::Forever).await,
+                2 => store.renew(&lease, long).await,
+                3 => store.abandon(&lease).await,
+                _ => store.release(&lease).await,
+            };
+            let kind = done.unwrap_err().kind();
+            assert_eq!(kind, StoreErrorKind::Fenced, "step {step} in state {state}");
+            assert_eq!(stored(&server, state).await, before, "step {step} in state {state}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_lost_its_time_to_live_is_neither_taken_over_nor_renewed_by_a_claim() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    let own = claim();
+    let Begin::Acquired(running) = store.begin(&id(1), &own).await.unwrap() else {
+        panic!("it was vacant");
+    };
+    let lost = acquire(&store, 2).await;
+    store.abandon(&lost).await.unwrap();
+    for number in 1..=2 {
+        server.say(&["PERSIST", &key(number)]).await;
+    }
+    let before = (stored(&server, 1).await, stored(&server, 2).await);
+    for (number, claim) in [
+        (1, claim().taking_over(running)),
+        (1, own),
+        (2, claim().taking_over(lost)),
+    ] {
+        let error = store.begin(&id(number), &claim).await.unwrap_err();
+        assert_eq!(error.kind(), StoreErrorKind::Corrupt, "{number}");
+    }
+    assert_eq!((stored(&server, 1).await, stored(&server, 2).await), before);
+}
+
+/// The server refuses a claim there without a look, so the script is the first to see the record.
+#[tokio::test]
+async fn on_a_full_server_nothing_vacant_is_acquired_and_nothing_of_a_newer_version_taken_over() {
+    let server = Redis::start(&["--maxmemory-policy", "noeviction"]);
+    let store = connected(&server).await;
+    let lost = acquire(&store, 1).await;
+    store.abandon(&lost).await.unwrap();
+    let own = claim();
+    store.begin(&id(2), &own).await.unwrap();
+    for number in 1..=2 {
+        server.say(&["SETRANGE", &key(number), "0", "\u{2}"]).await;
+    }
+    let before = (stored(&server, 1).await, stored(&server, 2).await);
+    server.say(&["CONFIG", "SET", "maxmemory", "1"]).await;
+    for (number, claim) in [(1, claim().taking_over(lost)), (2, own)] {
+        let error = store.begin(&id(number), &claim).await.unwrap_err();
+        assert_eq!(error.kind(), StoreErrorKind::NewerVersion, "{number}");
+    }
+    assert_eq!((stored(&server, 1).await, stored(&server, 2).await), before);
+    let gone = Lease::new(id(9), Owner::random().unwrap(), 1);
+    for claim in [claim(), claim().taking_over(gone)] {
+        let error = store.begin(&id(9), &claim).await.unwrap_err();
+        assert_eq!(error.kind(), StoreErrorKind::Full);
+    }
+    assert_eq!(server.ask::<u64>(&["EXISTS", &key(9)]).await, 0);
+}

@@ -142,6 +142,34 @@ async fn a_key_beside_the_own_is_not_another_operations_because_one_lock_over_it
     }
 }
 
+#[tokio::test]
+async fn a_request_that_will_not_run_claims_nothing_beside_its_own_key() {
+    let keys = || KeySource::header("idempotency-key").and_each("/units/*");
+    let order = |key: &str, amount: i64, units: &[&str]| {
+        let body = serde_json::json!({ "amount": amount, "then": "", "units": units });
+        let mut request = order(key, amount, "");
+        *request.body_mut() = body.to_string().into();
+        request
+    };
+    for library in BOTH {
+        let bank = Bank::with(library, open(), |layer| layer.key(keys())).await;
+        assert_eq!(bank.ask(order("k", 5, &["u"])).await.status, StatusCode::CREATED);
+        // A sequence counts what is rolled back, too.
+        let count = "CREATE SEQUENCE inserts; \
+             CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS \
+             $$ BEGIN PERFORM nextval('inserts'); RETURN NEW; END $$; \
+             CREATE TRIGGER note BEFORE INSERT ON idempotency_records FOR EACH ROW EXECUTE FUNCTION note()";
+        bank.say(count).await;
+        let inserts = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM inserts";
+        let other = bank.ask(order("k", 6, &["v", "w"])).await;
+        assert_eq!(other.problem(), "idempotency-key-reused", "{library:?}");
+        assert!(bank.ask(order("k", 5, &["u"])).await.is_replay(), "{library:?}");
+        assert_eq!(bank.look::<i64>(inserts).await, 0, "{library:?}");
+        assert_eq!(bank.ask(order("l", 6, &["v", "w"])).await.status, StatusCode::CREATED);
+        assert_eq!(bank.look::<i64>(inserts).await, 3, "{library:?}");
+    }
+}
+
 /// How often the server's log was synced, by all processes: those of clients have ended, so that they have said it.
 async fn count_syncs(bank: &Bank) -> i64 {
     let client = bank.client().await;

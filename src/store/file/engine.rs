@@ -105,6 +105,11 @@ impl Backend {
         self.note(self.medium.sync(), false)
     }
 
+    /// Nothing is written any more.
+    pub(super) fn give_up(&self) {
+        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Failed::Unknown);
+    }
+
     /// Nothing is written any more once nobody knows what is on the medium.
     fn usable(&self) -> io::Result<()> {
         match *self.failed.lock().unwrap_or_else(PoisonError::into_inner) {

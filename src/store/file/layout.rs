@@ -122,7 +122,10 @@ impl Layout {
         };
         let journal = u64::from_le_bytes(*journal);
         // Where tables should be there is no more file. redb would begin anew on what is left.
-        if journal == 0 || journal % BLOCK != 0 || len.saturating_sub(BLOCK) <= journal {
+        let tables = len.saturating_sub(BLOCK).saturating_sub(journal);
+        // The first page of theirs, and its checksum.
+        let least = if version == VERSION { 2 * BLOCK } else { 1 };
+        if journal == 0 || journal % BLOCK != 0 || tables < least {
             return Err(Unknown::Damaged);
         }
         Ok(Self::new(journal, version == VERSION))

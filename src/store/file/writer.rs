@@ -104,6 +104,10 @@ impl Writer {
         }
         // Whoever waits for the end hears of it, whatever redb stumbles over, and it is closed here and nowhere else.
         let _ = self.careful(Self::checkpoint_the_end);
+        if self.shared.broken.get().is_some() {
+            // All of it is in the journal; redb would write what it has in one step, of which a part may stay.
+            self.backend.give_up();
+        }
         let _ = self.careful(|writer| writer.shared.close_database());
         let Self {
             shared,

@@ -190,6 +190,7 @@ fn notices_its_client_is_gone(every: Duration) -> String {
     let millis = every.as_millis().clamp(1, i32::MAX as u128);
     format!(
         "SELECT set_config('client_connection_check_interval', '{millis}ms', false) \
-         WHERE current_setting('server_version_num')::int >= 140000"
+         WHERE current_setting('server_version_num')::int >= 140000 \
+         AND current_setting('client_connection_check_interval', true) = '0'"
     )
 }

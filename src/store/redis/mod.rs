@@ -156,8 +156,10 @@ impl Inner {
             self.connection.send(flight, deadline).await
         };
         if self.hints.has(id) && asks == claim.asks_for_remaining {
+            // It changes nothing, and is a write to the server: one that may not write, such as a replica, may have an
+            // answer that was lost elsewhere, and refuses it as it refuses a claim.
             let mut get = Cmd::with_capacity(2, key.len() + 32);
-            get.arg("GET").arg(&key);
+            get.arg("GETEX").arg(&key);
             let landed = send(get, Kind::Read).await;
             // Whatever else it finds is no answer: only a claim can tell.
             if let Value::BulkString(bytes) = landed.answer.map_err(classify)?

@@ -190,9 +190,11 @@ impl Record {
                 response,
                 remaining: Some(remaining(time_to_live, FOREVER)),
             }),
+            // Somebody took its time to live away: nobody knows any more when its lease or its retention ends.
+            State::Abandoned | State::InProgress if time_to_live < 0 => {
+                Err(corrupt("a record that is not completed has no time to live"))
+            }
             State::Abandoned => Ok(abandoned),
-            // Somebody took its time to live away: nobody knows any more when its lease ends.
-            State::InProgress if time_to_live < 0 => Err(corrupt("a record in progress has no time to live")),
             // The server cuts off parts of a millisecond: less than nothing is left only when all of it has passed.
             State::InProgress => match (time_to_live as u64).checked_sub(self.keep) {
                 Some(remaining) => Ok(Begin::InProgress {

@@ -63,8 +63,10 @@ impl Source for ClientSource {
         let rows = match open.say(&flight).await {
             Ok(rows) => rows,
             Err(failure) => {
-                if failure.code.is_some() && !failure.fatal {
-                    // The connection is well, and its statements are prepared.
+                // The connection is well, and its statements are prepared. After other failures it is closed: it may
+                // lead to a replica, or have plans that do not fit any more.
+                let is_well = |code: &String| code.starts_with("40") || code == "55P03";
+                if failure.code.as_ref().is_some_and(is_well) && !failure.fatal {
                     let _ = open.end(vec![Say::Plain("ROLLBACK")]).await;
                 }
                 return Err(failure);

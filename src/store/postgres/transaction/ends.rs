@@ -52,11 +52,12 @@ impl Drop for Listening<'_> {
     }
 }
 
-/// Wakes those who wait for a transaction, when it is dropped.
+/// Wakes those who wait for a transaction that has claimed, when it is dropped.
 #[derive(Debug)]
 pub(super) struct Waking {
     ends: Arc<Ends>,
     id: RecordId,
+    claimed: bool,
     committed: bool,
 }
 
@@ -65,8 +66,14 @@ impl Waking {
         Self {
             ends: Arc::clone(ends),
             id,
+            claimed: false,
             committed: false,
         }
+    }
+
+    /// Before, its end is of no interest to anybody.
+    pub(super) fn claimed(&mut self) {
+        self.claimed = true;
     }
 
     pub(super) fn committed(&mut self) {
@@ -76,6 +83,10 @@ impl Waking {
 
 impl Drop for Waking {
     fn drop(&mut self) {
+        // A waiter that only looked would wake another one, or itself.
+        if !self.claimed {
+            return;
+        }
         let notify = self.ends.lock().get(&self.id).map(|(notify, _)| Arc::clone(notify));
         match notify {
             None => {}
@@ -83,5 +94,27 @@ impl Drop for Waking {
             // The first of them claims the record, and the others would only find it claimed.
             Some(notify) => notify.notify_one(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::Future, pin::pin, task::Context};
+
+    use super::*;
+
+    #[test]
+    fn a_transaction_that_only_looked_wakes_nobody_and_one_that_had_claimed_wakes_one() {
+        let ends = Arc::<Ends>::default();
+        let id = RecordId::from_bytes([1; 32]);
+        let (mut first, mut second) = (pin!(ends.over(id)), pin!(ends.over(id)));
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        assert!(first.as_mut().poll(&mut cx).is_pending() && second.as_mut().poll(&mut cx).is_pending());
+        drop(Waking::of(&ends, id));
+        assert!(first.as_mut().poll(&mut cx).is_pending() && second.as_mut().poll(&mut cx).is_pending());
+        let mut waking = Waking::of(&ends, id);
+        waking.claimed();
+        drop(waking);
+        assert!(first.as_mut().poll(&mut cx).is_ready() && second.as_mut().poll(&mut cx).is_pending());
     }
 }

@@ -104,8 +104,9 @@ pub(super) trait Connection: Send + Sized + 'static {
     fn lend(slot: &Slot<Self>, extensions: &mut Extensions);
 }
 
-/// READ COMMITTED whatever the connection has: what a look sees must not be older than the lock before it.
-const BEGIN_TO_LOOK: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
+/// READ COMMITTED whatever the connection has: what a look sees must not be older than the lock before it. READ WRITE,
+/// which no replica grants: it would have locks of its own, and may not know yet what was committed.
+const BEGIN_TO_LOOK: &str = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE";
 
 /// What a claim or a look showed.
 #[derive(Debug)]
@@ -215,7 +216,9 @@ fn is_completed_by(row: &Row, lease: &Lease) -> bool {
 
 impl<S: Source> TableTransactions<S> {
     fn lock_timeout(&self) -> Value {
-        Value::from(format!("{}ms", self.lock_timeout.as_millis().max(1)))
+        // The server counts no further.
+        let millis = self.lock_timeout.as_millis().clamp(1, i32::MAX as u128);
+        Value::from(format!("{millis}ms"))
     }
 
     /// `None` if it has to be made again.
@@ -254,8 +257,13 @@ impl<S: Source> TableTransactions<S> {
                 // Somebody without a lock had it and let it go meanwhile.
                 None => return open.give_up().await,
             }
+            // Then the others were not asked for.
+            if !matches!(found.first(), Some(Found::Acquired)) {
+                break;
+            }
+            open.has_claimed();
         }
-        if matches!(found.first(), Some(Found::Acquired)) && !expired.is_empty() {
+        if !expired.is_empty() {
             if !open.claim_expired(claim, expired).await? {
                 return open.give_up().await;
             }
@@ -290,7 +298,7 @@ impl<S: Source> TableTransactions<S> {
     async fn who_holds(&self, id: &RecordId, fingerprint: &Fingerprint, claim: &Claim) -> Result<Found, StoreError> {
         let locks = Locks::of(&self.table, id, fingerprint);
         let [class, request, _] = locks.values();
-        let lock = Say::ask(&self.statements.try_first, [class, request]);
+        let lock = Say::ask(&self.statements.try_first, [class, request, self.lock_timeout()]);
         let (got, looked) = self.source.lock_and_look(lock, self.look(id, locks)).await?;
         let whose = match (got, looked.held) {
             (false, _) => Whose::Same,

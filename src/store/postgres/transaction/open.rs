@@ -47,6 +47,11 @@ impl<C: Connection> Open<C> {
         }
     }
 
+    /// The operation's own record.
+    pub(super) fn has_claimed(&mut self) {
+        self.waking.claimed();
+    }
+
     pub(super) async fn give_up<T>(self) -> Result<Option<T>, StoreError> {
         if let Some(connection) = self.slot.take_back() {
             connection.roll_back(None).await?;
@@ -70,7 +75,14 @@ impl<C: Connection> Open<C> {
         let Some(mut connection) = self.slot.take_back() else {
             return Ok(false);
         };
-        let answered = connection.ask(flight).await?;
+        let answered = match connection.ask(flight).await {
+            Ok(answered) => answered,
+            Err(failure) => {
+                // Before anybody is told: the next attempt may come at once.
+                let _ = connection.roll_back(None).await;
+                return Err(failure.into());
+            }
+        };
         self.slot = Slot::of(connection);
         Ok(answered.into_iter().all(|answered| answered))
     }

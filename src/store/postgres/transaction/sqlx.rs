@@ -47,18 +47,13 @@ impl Source for SqlxSource {
     type Connection = Open;
 
     async fn begin(&self, claims: Vec<(Say, Say)>, _: &[&Arc<str>]) -> Result<(Open, Vec<Looked>), Failure> {
-        let mut claims = claims.into_iter();
-        // sqlx gives no rows of what begins a transaction, so the first claim is not among it.
-        let Some((bound, claim)) = claims.next() else {
-            return Err(no_row());
-        };
-        let mut open = self.open(text([Say::Plain("BEGIN"), bound])).await?;
-        let mut flight = vec![claim];
-        flight.extend(claims.flat_map(<[Say; 2]>::from));
+        let open = self.open("BEGIN").await?;
+        let mut flight: Vec<_> = claims.into_iter().flat_map(<[Say; 2]>::from).collect();
         flight.push(Say::Plain(SAVEPOINT));
-        let rows = open.say(flight).await?;
+        let (open, rows) = open.say_or_roll_back(flight).await?;
         let looked = rows
             .iter()
+            .skip(1)
             .step_by(2)
             .map(Looked::read_sqlx)
             .collect::<Result<_, _>>()?;
@@ -66,8 +61,8 @@ impl Source for SqlxSource {
     }
 
     async fn lock_and_look(&self, lock: Say, look: Say) -> Result<(bool, Looked), Failure> {
-        let mut open = self.open(BEGIN_TO_LOOK.to_owned()).await?;
-        let rows = open.say(vec![lock, look]).await?;
+        let open = self.open(BEGIN_TO_LOOK).await?;
+        let (open, rows) = open.say_or_roll_back(vec![lock, look]).await?;
         open.transaction.rollback().await?;
         let [locked, looked] = &*rows else { return Err(no_row()) };
         Ok((locked.try_get("got")?, Looked::read_sqlx(looked)?))
@@ -75,15 +70,31 @@ impl Source for SqlxSource {
 }
 
 impl SqlxSource {
-    async fn open(&self, begin: String) -> Result<Open, Failure> {
+    /// In a task of its own, which nobody cuts: cut meanwhile, sqlx would give the connection back to its pool with a
+    /// transaction that it does not know of. For the same reason it begins with one statement and no other.
+    async fn open(&self, begin: &'static str) -> Result<Open, Failure> {
+        let pool = self.pool.clone();
+        let begun = tokio::spawn(async move { pool.begin_with(begin).await }).await;
+        let begun = begun.map_err(|error| StoreError::with_source(StoreErrorKind::Unavailable, error))?;
         Ok(Open {
-            transaction: self.pool.begin_with(begin).await?,
+            transaction: begun?,
             prepared: self.prepared,
         })
     }
 }
 
 impl Open {
+    /// Nobody is told of a failure before it is rolled back: the next attempt may come at once.
+    async fn say_or_roll_back(mut self, flight: Vec<Say>) -> Result<(Self, Vec<PgRow>), Failure> {
+        match self.say(flight).await {
+            Ok(rows) => Ok((self, rows)),
+            Err(error) => {
+                let _ = self.transaction.rollback().await;
+                Err(error.into())
+            }
+        }
+    }
+
     /// The rows of what was asked, one at most for each.
     async fn say(&mut self, flight: Vec<Say>) -> Result<Vec<PgRow>, Error> {
         let connection = &mut *self.transaction;
@@ -122,21 +133,17 @@ impl Connection for Open {
         Ok(vec![rows.len() == asked; asked])
     }
 
-    async fn commit(mut self, mut flight: Vec<Say>) -> Result<(), Failure> {
+    async fn commit(self, mut flight: Vec<Say>) -> Result<(), Failure> {
         // sqlx ends a transaction with a statement of its own, which would be one more flight where all else is one. So
         // there the next one begins at once, empty, and that is what it rolls back when the connection returns to its
         // pool.
         if !self.prepared {
             flight.push(Say::Plain("COMMIT AND CHAIN"));
         }
-        match self.say(flight).await {
-            Ok(_) if self.prepared => Ok(self.transaction.commit().await?),
-            Ok(_) => Ok(()),
-            Err(error) => {
-                // Before anybody is told that it failed: the next attempt may come at once.
-                let _ = self.transaction.rollback().await;
-                Err(error.into())
-            }
+        let (open, _) = self.say_or_roll_back(flight).await?;
+        match open.prepared {
+            true => Ok(open.transaction.commit().await?),
+            false => Ok(()),
         }
     }
 

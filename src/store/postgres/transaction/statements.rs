@@ -38,8 +38,11 @@ pub(crate) struct TransactionStatements {
     /// Claims what is vacant. One row: which lock is [held](held) by somebody else, whether the record is `claimed` now,
     /// and the *record* that was there before, if there was one. None of all that: somebody had it who let it go, or
     /// who committed since the statement began. Waiting is as it was before the bound.
+    ///
+    /// If the first claim of a transaction is not to be had, the following ones do [nothing](held::NOT_ASKED): a request
+    /// that will not run must not be met by others under keys that it would have claimed beside its own.
     pub(super) claim: Arc<str>,
-    /// `$1` and `$2` the first lock. Whether it was `got`.
+    /// `$1` and `$2` the first lock, `$3` how long to wait for those who hold none. Whether it was `got`.
     pub(super) try_first: Arc<str>,
     /// `$1` id, `$2` to `$4` the locks. One row: as of a claim, but nothing is claimed, and the second lock is `held` if
     /// whoever holds it has a first lock of the same record for another fingerprint.
@@ -57,17 +60,21 @@ pub(crate) struct TransactionStatements {
     pub(super) wait: Arc<str>,
 }
 
+/// What became of the first claim of a transaction: a setting of that transaction.
+const FIRST_CLAIM: &str = "tower_idempotency.first_claim";
+
 /// Which lock somebody else holds.
 pub(super) mod held {
     pub(in super::super) const NONE: i32 = 0;
     /// The first: the same request is at work.
     pub(in super::super) const FIRST: i32 = 1;
     pub(in super::super) const SECOND: i32 = 2;
+    pub(in super::super) const NOT_ASKED: i32 = 3;
 }
 
 impl TransactionStatements {
     pub(in super::super) fn new(table: &PostgresTable, statements: &Statements) -> Self {
-        let record = RECORD;
+        let (record, not_asked) = (RECORD, held::NOT_ASKED);
         let table = table.quoted();
         let (expires_at, completed_until) = (after("$5::bigint"), after("$5::bigint"));
         let ours = "owner = $2::bytea AND xmin = pg_current_xact_id_if_assigned()::xid";
@@ -88,7 +95,8 @@ impl TransactionStatements {
             claim: format!(
                 "WITH seen AS MATERIALIZED (SELECT {record}, expires_at > clock_timestamp() AS is_kept FROM {table} \
                  WHERE id = $1::bytea), \
-                 asked AS MATERIALIZED (SELECT CASE WHEN EXISTS (SELECT FROM seen WHERE is_kept) THEN 0 \
+                 asked AS MATERIALIZED (SELECT CASE WHEN current_setting('{FIRST_CLAIM}', true) = 'refused' THEN {not_asked} \
+                 WHEN EXISTS (SELECT FROM seen WHERE is_kept) THEN 0 \
                  WHEN NOT pg_try_advisory_xact_lock($6::integer, $7::integer) THEN 1 \
                  WHEN NOT pg_try_advisory_xact_lock($8::bigint) THEN 2 ELSE 0 END AS held), \
                  made AS (INSERT INTO {table} (id, owner, fence, state, algorithm, fingerprint, lease_until, \
@@ -96,11 +104,17 @@ impl TransactionStatements {
                  clock_timestamp(), {expires_at}, {expires_at}, $5::bigint FROM asked \
                  WHERE held = 0 AND NOT EXISTS (SELECT FROM seen) ON CONFLICT DO NOTHING RETURNING true AS claimed) \
                  SELECT set_config('lock_timeout', current_setting('tower_idempotency.lock_timeout'), true), \
+                 set_config('{FIRST_CLAIM}', coalesce(nullif(current_setting('{FIRST_CLAIM}', true), ''), \
+                 CASE WHEN held = 0 AND is_kept IS NOT TRUE THEN 'had' ELSE 'refused' END), true), \
                  held, coalesce(claimed, false) AS claimed, seen.* \
                  FROM asked LEFT JOIN made ON true LEFT JOIN seen ON true"
             )
             .into(),
-            try_first: "SELECT pg_try_advisory_xact_lock($1::integer, $2::integer) AS got".into(),
+            try_first: format!(
+                "SELECT {bounded}, pg_try_advisory_xact_lock($1::integer, $2::integer) AS got",
+                bounded = bounded("$3")
+            )
+            .into(),
             // One look at the list: it is locked as a whole for that, and a second look would be at another moment.
             look: format!(
                 "WITH locks AS MATERIALIZED (SELECT virtualtransaction, classid, objid, objsubid FROM pg_locks \
@@ -108,7 +122,8 @@ impl TransactionStatements {
                  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) \
                  SELECT CASE WHEN EXISTS (SELECT FROM locks AS second JOIN locks AS first USING (virtualtransaction) \
                  WHERE second.objsubid = 1 AND second.classid::bigint << 32 | second.objid::bigint = $4::bigint \
-                 AND first.objsubid = 2 AND first.classid = $2::integer::oid AND first.objid <> $3::integer::oid) \
+                 AND first.objsubid = 2 AND first.classid = $2::integer::oid AND first.objid <> $3::integer::oid \
+                 AND first.objid::bigint >> {REQUEST_BITS} = $3::integer::oid::bigint >> {REQUEST_BITS}) \
                  THEN 2 ELSE 0 END AS held, false AS claimed, found.* \
                  FROM (SELECT) AS one LEFT JOIN (SELECT {record} FROM {table} WHERE id = $1::bytea) AS found ON true"
             )
@@ -136,11 +151,15 @@ impl TransactionStatements {
     }
 }
 
+/// Of the hash in the second half of a first lock.
+const REQUEST_BITS: u32 = 24;
+
 /// The locks of one record. Advisory locks are the database's, so the table's name is in them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Locks {
-    /// Over the record and the fingerprint, as the server shows it: a hash of the record, and one of both. Two requests
-    /// that share it are each other's duplicates while they run, and told apart by the record.
+    /// Over the record and the fingerprint, as the server shows it: a hash of the record; and the fingerprint's algorithm,
+    /// before a hash of both. Two requests that share it are each other's duplicates while they run, and told apart by
+    /// the record. Two of different algorithms cannot be told apart while they run.
     pub(super) first: (i32, i32),
     /// Over the record.
     pub(super) second: i64,
@@ -159,8 +178,10 @@ impl Locks {
             u64::from_be_bytes(first)
         };
         let (record, request) = (hash(&[]), hash(&[&[fingerprint.algorithm()], fingerprint.digest()]));
+        let algorithm = u64::from(fingerprint.algorithm()) << REQUEST_BITS;
+        let request = low(algorithm | request & ((1 << REQUEST_BITS) - 1));
         Self {
-            first: (low(record), low(request)),
+            first: (low(record), request),
             second: record.cast_signed(),
         }
     }
