@@ -3,6 +3,7 @@
 use redb::{ReadableTable, ReadableTableMetadata, Table, TableDefinition, WriteTransaction};
 
 use super::{
+    ahead::Latest,
     cache::Kept,
     effects::Effects,
     frame::{ABANDONED, NEVER, Progress, Record, State, Time},
@@ -38,6 +39,7 @@ pub(super) struct Batch<'txn> {
     room: Option<u64>,
     changed: bool,
     effects: Effects,
+    latest: Vec<(RecordId, Latest)>,
 }
 
 /// What is to be done about one record, once nothing borrows it any more.
@@ -59,6 +61,7 @@ impl<'txn> Batch<'txn> {
             room,
             changed: false,
             effects: Effects::new(),
+            latest: Vec::new(),
         })
     }
 
@@ -75,19 +78,22 @@ impl<'txn> Batch<'txn> {
         self.room
     }
 
-    pub(super) fn into_effects(self) -> Effects {
-        self.effects
+    /// And what became of each record.
+    pub(super) fn into_effects(self) -> (Effects, Vec<(RecordId, Latest)>) {
+        (self.effects, self.latest)
     }
 
-    fn insert_record(&mut self, id: &RecordId, bytes: &[u8]) -> Written {
-        self.effects.put(id.as_bytes(), bytes);
-        self.records.insert(id.as_bytes(), bytes)?;
+    fn insert_record(&mut self, id: &RecordId, bytes: Vec<u8>) -> Written {
+        self.effects.put(id.as_bytes(), &bytes);
+        self.records.insert(id.as_bytes(), &bytes[..])?;
+        self.latest.push((*id, Some(bytes.into())));
         Ok(())
     }
 
     /// With the length of what was removed.
     fn remove_record(&mut self, id: &RecordId) -> Result<usize, redb::Error> {
         self.effects.remove(id.as_bytes());
+        self.latest.push((*id, None));
         let removed = self.records.remove(id.as_bytes())?;
         Ok(removed.map_or(0, |old| old.value().len()))
     }
@@ -253,7 +259,7 @@ impl<'txn> Batch<'txn> {
                 self.insert_place(&key(record.indexed_at, id))?;
             }
         }
-        self.insert_record(id, &record.encode(id))
+        self.insert_record(id, record.encode(id))
     }
 
     fn forget(&mut self, id: &RecordId, indexed: Time) -> Written {
@@ -319,7 +325,7 @@ impl<'txn> Batch<'txn> {
                 if at != NEVER {
                     self.insert_place(&key(at, &id))?;
                 }
-                self.insert_record(&id, &bytes)?;
+                self.insert_record(&id, bytes)?;
             }
             None => {
                 let removed = self.remove_record(&id)?;

@@ -14,6 +14,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::{
     FileStore, FileStoreError, FileStoreErrorKind, Handle,
+    ahead::Ahead,
     cache::Cache,
     clock::{Clock, Opening, StoreTime, SystemClock},
     commit,
@@ -144,17 +145,20 @@ impl FileStoreBuilder {
             tables::initialise(&database, &opening.stamp()).map_err(failed)?;
         }
         tables::check_format(&database, path)?;
-        let (database, mut journal) = commit::recovered(database, &backend, &self.settings).map_err(failed)?;
+        let (database, mut commits) = commit::recovered(database, &backend, &self.settings).map_err(failed)?;
         let stamp = tables::read_stamp(&database, path)?;
         let time = StoreTime::resume(&stamp, opening);
         // Durable before the first claim: the number of this run is never used again.
-        let transaction = database.begin_write().map_err(|source| failed(source.into()))?;
+        let transaction = commits.begin(&database).map_err(failed)?;
         let records = tables::records(&transaction).map_err(failed)?;
         let stamp = time.stamp(time.began()).encode();
         let mut effects = Effects::new();
         effects.time(&stamp);
         tables::write_time(&transaction, &stamp).map_err(failed)?;
-        commit::commit(transaction, &effects, &mut journal).map_err(failed)?;
+        let ahead = Ahead::default();
+        commits
+            .commit(transaction, &effects, Vec::new(), &ahead)
+            .map_err(failed)?;
         let shared = Arc::new(Shared {
             file: path.display().to_string().into(),
             time,
@@ -164,6 +168,7 @@ impl FileStoreBuilder {
             writes: Queue::new(),
             readers: AtomicUsize::new(reader::READERS),
             cache: Cache::new(self.replay_bytes),
+            ahead,
             records: AtomicU64::new(records),
             listeners: Listeners::default(),
             broken: BrokenCell::new(),
@@ -171,7 +176,7 @@ impl FileStoreBuilder {
             closed_at: AtomicU64::new(0),
             closed: watch::Sender::new(false),
         });
-        let writer = Writer::new(Arc::clone(&shared), backend, journal);
+        let writer = Writer::new(Arc::clone(&shared), backend, commits);
         let handle = Arc::new(Handle { shared });
         for _ in 0..reader::READERS {
             let shared = Arc::clone(&handle.shared);

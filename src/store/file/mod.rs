@@ -5,6 +5,7 @@
 //! which takes all that waits, applies it in one transaction, writes what that did to the [journal](journal), syncs, and
 //! answers. Neither runs on a task's thread.
 
+mod ahead;
 mod batch;
 mod builder;
 mod cache;

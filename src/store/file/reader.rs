@@ -6,6 +6,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::Duration,
+    vec,
 };
 
 use redb::{Database, ReadableDatabase};
@@ -58,12 +59,18 @@ fn answer_all(shared: &Shared, jobs: Vec<BeginJob>) {
     }
 }
 
-/// The snapshot is taken after the claims were made, so they see all that was answered before.
-fn look_up(shared: &Shared, database: &Database, jobs: &mut impl Iterator<Item = BeginJob>) -> Result<(), redb::Error> {
+/// What is ahead of the tables first, the snapshot after it, and both after the claims were made: so they see all that
+/// was answered before. The other way round a checkpoint in between would have it in neither.
+fn look_up(shared: &Shared, database: &Database, jobs: &mut vec::IntoIter<BeginJob>) -> Result<(), redb::Error> {
+    let ahead = shared.ahead.find(jobs.as_slice().iter().map(|job| &job.id));
     let snapshot = database.begin_read()?;
     let records = snapshot.open_table(RECORDS)?;
-    for mut job in jobs {
+    for (latest, mut job) in ahead.into_iter().zip(jobs) {
         if job.is_gone() {
+            continue;
+        }
+        if let Some(latest) = latest {
+            tell(shared, job, latest.as_deref());
             continue;
         }
         let stored = match records.get(job.id.as_bytes()) {
@@ -80,17 +87,18 @@ fn look_up(shared: &Shared, database: &Database, jobs: &mut impl Iterator<Item =
                 continue;
             }
         };
-        let result = stored
-            .as_ref()
-            .map(|stored| find(shared, &job, stored.value()))
-            .transpose();
-        match result.map(Option::flatten) {
-            Ok(None) => hand_on(shared, job),
-            Ok(Some(begin)) => job.answer(Ok(begin)),
-            Err(error) => job.answer(Err(error)),
-        }
+        tell(shared, job, stored.as_ref().map(|stored| stored.value()));
     }
     Ok(())
+}
+
+fn tell(shared: &Shared, mut job: BeginJob, stored: Option<&[u8]>) {
+    let result = stored.map(|stored| find(shared, &job, stored)).transpose();
+    match result.map(Option::flatten) {
+        Ok(None) => hand_on(shared, job),
+        Ok(Some(begin)) => job.answer(Ok(begin)),
+        Err(error) => job.answer(Err(error)),
+    }
 }
 
 /// `None` if the claim changes the record.

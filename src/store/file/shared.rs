@@ -9,6 +9,7 @@ use redb::Database;
 use tokio::sync::watch;
 
 use super::{
+    ahead::Ahead,
     cache::Cache,
     clock::StoreTime,
     engine::{Broken, BrokenCell, Settings},
@@ -28,6 +29,8 @@ pub(super) struct Shared {
     /// How many threads may still hand a claim on to the writer.
     pub(super) readers: AtomicUsize,
     pub(super) cache: Cache,
+    /// Looked at before the tables are.
+    pub(super) ahead: Ahead,
     /// How many there were after the last commit.
     pub(super) records: AtomicU64,
     pub(super) listeners: Listeners,

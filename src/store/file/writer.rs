@@ -2,7 +2,7 @@
 //! then answers.
 
 use std::{
-    io,
+    io, mem,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::Ordering::SeqCst},
     time::{Duration, Instant},
@@ -13,11 +13,9 @@ use redb::Database;
 use super::{
     batch::Batch,
     cache::Kept,
-    commit::{commit, commit_tables, reopen},
-    effects::Effects,
+    commit::{Commits, reopen},
     engine::{Backend, Broken, Failed},
     frame::Time,
-    journal::Journal,
     listeners::Wake,
     queue::{Change, ChangeJob, MAX_BATCH, WriteJob},
     shared::Shared,
@@ -31,7 +29,7 @@ use crate::{
 pub(super) struct Writer {
     pub(super) shared: Arc<Shared>,
     backend: Backend,
-    journal: Option<Journal>,
+    commits: Commits,
     /// The latest time that anything was decided at.
     now: Time,
     stamped: Time,
@@ -68,13 +66,13 @@ enum Outcome {
 }
 
 impl Writer {
-    pub(super) fn new(shared: Arc<Shared>, backend: Backend, journal: Option<Journal>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, backend: Backend, commits: Commits) -> Self {
         let now = shared.time.began();
         let room = backend.spare.is_short().then_some(0);
         Self {
             shared,
             backend,
-            journal,
+            commits,
             now,
             stamped: now,
             room,
@@ -108,16 +106,19 @@ impl Writer {
             // All of it is in the journal; redb would write what it has in one step, of which a part may stay.
             self.backend.give_up();
         }
-        let _ = self.careful(|writer| writer.shared.close_database());
+        let _ = self.careful(|writer| {
+            drop(mem::take(&mut writer.commits));
+            writer.shared.close_database();
+        });
         let Self {
             shared,
             backend,
-            journal,
+            commits,
             ..
         } = self;
         backend.spare.give_back();
         // The lock goes with the medium, and only then may the file be opened again.
-        drop((journal, backend));
+        drop((commits, backend));
         shared.closed.send_replace(true);
     }
 
@@ -138,16 +139,15 @@ impl Writer {
     fn remember_the_end(&mut self) -> Result<(), redb::Error> {
         let now = self.now.max(self.shared.closed_at.load(SeqCst));
         let stamp = now.saturating_sub(self.stamped) >= SECOND;
-        let used = self.journal.as_ref().is_some_and(|journal| !journal.is_empty());
-        if self.room.is_some() || self.shared.broken.get().is_some() || !(stamp || used) {
+        if self.room.is_some() || self.shared.broken.get().is_some() || !(stamp || self.commits.is_ahead()) {
             return Ok(());
         }
         if let Some(database) = &*self.shared.database() {
-            let transaction = database.begin_write()?;
+            let transaction = self.commits.begin(database)?;
             if stamp {
                 write_time(&transaction, &self.shared.time.stamp(now).encode())?;
             }
-            commit_tables(transaction, &mut self.journal)?;
+            self.commits.commit_tables(transaction, &self.shared.ahead)?;
         }
         Ok(())
     }
@@ -161,7 +161,7 @@ impl Writer {
         let result = match &*self.shared.database() {
             Some(database) => {
                 let (stamped, room) = (self.stamped, self.room);
-                apply(self.now, stamped, room, &self.shared, database, &mut self.journal, jobs)
+                apply(self.now, stamped, room, &self.shared, database, &mut self.commits, jobs)
             }
             None => return refuse(jobs, || StoreErrorKind::Unavailable.into()),
         };
@@ -189,13 +189,12 @@ impl Writer {
     /// When the journal has had enough, once those of the last batch were answered. Not while the disk is full: it would
     /// take room, and fail. A failure harms nobody's change, since all of them are in the journal.
     fn checkpoint(&mut self) {
-        let due = self.journal.as_ref().is_some_and(Journal::is_due);
-        if !due || self.room.is_some() || self.shared.broken.get().is_some() {
+        if !self.commits.is_due() || self.room.is_some() || self.shared.broken.get().is_some() {
             return;
         }
         let result = match &*self.shared.database() {
-            Some(database) => (database.begin_write().map_err(redb::Error::from))
-                .and_then(|transaction| commit_tables(transaction, &mut self.journal)),
+            Some(database) => (self.commits.begin(database))
+                .and_then(|transaction| self.commits.commit_tables(transaction, &self.shared.ahead)),
             None => return,
         };
         match result {
@@ -238,11 +237,14 @@ impl Writer {
     /// after a damaged page what that page does not lead to is.
     fn reopen(&mut self) {
         let mut database = self.shared.database_mut();
-        drop((database.take(), self.journal.take()));
+        // A transaction that is open would keep redb from closing its file.
+        drop(mem::take(&mut self.commits));
+        drop(database.take());
         self.backend.take_failure();
         match reopen(&self.backend, &self.shared.settings) {
-            Ok((opened, journal)) => {
-                self.journal = journal;
+            Ok((opened, commits)) => {
+                self.commits = commits;
+                self.shared.ahead.clear();
                 *database = Some(opened);
             }
             Err(error) if self.backend.take_failure() == Some(Failed::Full) => {
@@ -307,10 +309,10 @@ fn apply(
     room: Option<u64>,
     shared: &Shared,
     database: &Database,
-    journal: &mut Option<Journal>,
+    commits: &mut Commits,
     jobs: &mut [WriteJob],
 ) -> Result<Applied, redb::Error> {
-    let transaction = database.begin_write()?;
+    let transaction = commits.begin(database)?;
     let mut outcomes = Vec::with_capacity(jobs.len());
     let mut batch = Batch::new(&transaction, shared.time.run(), room)?;
     let purged = match shared.damaged.load(SeqCst) {
@@ -341,7 +343,7 @@ fn apply(
         batch.purge(now, purged)?;
     }
     let (changed, room, records) = (batch.changed(), batch.room(), batch.records()?);
-    let mut effects: Effects = batch.into_effects();
+    let (mut effects, latest) = batch.into_effects();
     let stamped = changed && now.saturating_sub(stamped) >= SECOND;
     if stamped {
         let stamp = shared.time.stamp(now).encode();
@@ -349,10 +351,10 @@ fn apply(
         write_time(&transaction, &stamp)?;
     }
     if changed {
-        commit(transaction, &effects, journal)?;
+        commits.commit(transaction, &effects, latest, &shared.ahead)?;
         shared.records.store(records, SeqCst);
     } else {
-        transaction.abort()?;
+        commits.unchanged(transaction);
     }
     Ok(Applied {
         outcomes,
