@@ -4,7 +4,14 @@
 
 mod support;
 
-use std::{path::PathBuf, pin::Pin, task::Poll, time::Duration};
+use std::{
+    io,
+    path::PathBuf,
+    pin::Pin,
+    sync::{Arc, Condvar},
+    task::Poll,
+    time::Duration,
+};
 
 use sha2::{Digest, Sha256};
 use support::{
@@ -19,7 +26,7 @@ use tokio::{
 use tower_idempotency::{
     AnyStore, Begin, Claim, Concurrent, FileRecordState, FileStore, FileStoreErrorKind, Fingerprint, Guarantee,
     IdempotencyLayer, Lease, Owner, RecordId, Retention, Store, StoreError, StoreErrorKind, StoredResponse,
-    testing::{self, Subject},
+    testing::{self, Medium, Subject},
 };
 
 /// One file, on paused time.
@@ -139,6 +146,7 @@ async fn state(store: &FileStore, number: u64) -> &'static str {
         Begin::InProgress { .. } => "in progress",
         Begin::Abandoned { .. } => "abandoned",
         Begin::Completed { response: kept, .. } if kept == response(1000) => "completed",
+        Begin::Completed { response: kept, .. } if kept == response(5 << 20) => "long",
         other => panic!("{other:?}"),
     }
 }
@@ -473,6 +481,139 @@ async fn what_changes_nothing_does_not_wait_for_a_sync() {
     completing.await.unwrap();
     assert!(matches!(beginning.await.unwrap(), Begin::Acquired(_)));
     assert_eq!(state(&store, 2).await, "completed");
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_is_seen_while_the_tables_are_behind_and_once_they_are_not() {
+    let machine = Machine::new();
+    let store = machine.open().await;
+    let mut leases = Vec::new();
+    for number in 0..6 {
+        leases.push(acquire(&store, number).await);
+    }
+    store
+        .complete(&leases[0], &response(1000), Retention::Forever)
+        .await
+        .unwrap();
+    store.abandon(&leases[1]).await.unwrap();
+    // Longer than the journal has room for: this one goes into the tables, with all before it.
+    for checkpoint in [false, true] {
+        if checkpoint {
+            store
+                .complete(&leases[2], &response(5 << 20), Retention::Forever)
+                .await
+                .unwrap();
+        }
+        let stuck = leases[if checkpoint { 5 } else { 4 }];
+        let syncs = machine.medium.syncs();
+        machine.medium.block_syncs(true);
+        let answer = response(10);
+        let mut completing = Box::pin(store.complete(&stuck, &answer, Retention::Forever));
+        assert!(poll_once(&mut completing).await.is_none());
+        yield_until(|| machine.medium.syncs() > syncs).await;
+        // The writer is in the middle of its sync, so these are answered by readers.
+        let third = if checkpoint { "long" } else { "in progress" };
+        for (number, expected) in [(0, "completed"), (1, "abandoned"), (2, third), (3, "in progress")] {
+            let found = timeout(MINUTE, state(&store, number)).await;
+            assert_eq!(found, Ok(expected), "{number} after a checkpoint: {checkpoint}");
+        }
+        machine.medium.block_syncs(false);
+        completing.await.unwrap();
+    }
+    store.release(&leases[3]).await.unwrap();
+    assert_eq!(state(&store, 3).await, "vacant");
+}
+
+/// Holds up the store's readers wherever they read.
+#[derive(Clone, Debug, Default)]
+struct SlowReaders {
+    medium: Failing,
+    /// Whether they are held up, and how many are.
+    held: Arc<(std::sync::Mutex<(bool, usize)>, Condvar)>,
+}
+
+impl SlowReaders {
+    fn hold_up(&self, hold: bool) {
+        self.held.0.lock().unwrap().0 = hold;
+        self.held.1.notify_all();
+    }
+
+    fn wait(&self) {
+        if std::thread::current().name() == Some("idempotency-read") {
+            let mut held = self.held.0.lock().unwrap();
+            held.1 += 1;
+            held = self.held.1.wait_while(held, |(hold, _)| *hold).unwrap();
+            held.1 -= 1;
+        }
+    }
+}
+
+impl Medium for SlowReaders {
+    fn len(&self) -> io::Result<u64> {
+        self.medium.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.wait();
+        self.medium.read(offset, out)
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.medium.write(offset, data)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.medium.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.medium.sync()
+    }
+
+    fn hold(&self, bytes: u64) -> io::Result<()> {
+        self.medium.hold(bytes)
+    }
+}
+
+#[tokio::test]
+async fn a_checkpoint_in_the_middle_of_a_look_takes_back_nothing_that_was_acknowledged_before_it() {
+    let (medium, machine) = (SlowReaders::default(), Machine::new());
+    let builder = FileStore::builder("simulated").medium(medium.clone());
+    let builder = builder.cache_bytes(0).replay_bytes(0).clock(machine.clock);
+    let store = &builder.open().await.unwrap();
+    let long = response(5 << 20);
+    let mut leases = Vec::new();
+    for number in 0..5 {
+        leases.push(acquire(store, number).await);
+    }
+    // The tables that readers see know that 0 is in progress, and the journal that it is completed.
+    store.complete(&leases[1], &long, Retention::Forever).await.unwrap();
+    store
+        .complete(&leases[0], &response(1000), Retention::Forever)
+        .await
+        .unwrap();
+    let syncs = medium.medium.syncs();
+    medium.medium.block_syncs(true);
+    let answer = response(1000);
+    let mut completing = Box::pin(store.complete(&leases[2], &answer, Retention::Forever));
+    assert!(poll_once(&mut completing).await.is_none());
+    yield_until(|| medium.medium.syncs() > syncs).await;
+    // The writer is in the middle of its sync, so a reader looks, and finds the medium slow.
+    medium.hold_up(true);
+    let looks = [0, 3].map(|number| {
+        let store = store.clone();
+        tokio::spawn(async move { state(&store, number).await })
+    });
+    yield_until(|| medium.held.0.lock().unwrap().1 > 0).await;
+    medium.medium.block_syncs(false);
+    completing.await.unwrap();
+    store.complete(&leases[4], &long, Retention::Forever).await.unwrap();
+    medium.hold_up(false);
+    let [zero, three] = looks;
+    assert_eq!(
+        (zero.await.unwrap(), three.await.unwrap()),
+        ("completed", "in progress")
+    );
 }
 
 async fn poll_once<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {

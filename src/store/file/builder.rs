@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, RwLock,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize},
+        atomic::{AtomicU64, AtomicUsize},
     },
     thread,
 };
@@ -18,6 +18,7 @@ use super::{
     cache::Cache,
     clock::{Clock, Opening, StoreTime, SystemClock},
     commit,
+    damage::Damage,
     effects::Effects,
     engine::{self, Backend, BrokenCell, Settings},
     layout::Layout,
@@ -172,7 +173,7 @@ impl FileStoreBuilder {
             records: AtomicU64::new(records),
             listeners: Listeners::default(),
             broken: BrokenCell::new(),
-            damaged: AtomicBool::new(false),
+            damage: Damage::default(),
             closed_at: AtomicU64::new(0),
             closed: watch::Sender::new(false),
         });

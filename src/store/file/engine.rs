@@ -56,6 +56,12 @@ impl Backend {
         self.layout.journal
     }
 
+    /// Whether a damaged page was met since a failure was last taken.
+    pub(super) fn met_damage(&self) -> bool {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(*failed, Some(Failed::Changed(_)))
+    }
+
     /// How it failed since this was last asked.
     pub(super) fn take_failure(&self) -> Option<Failed> {
         self.failed.lock().unwrap_or_else(PoisonError::into_inner).take()

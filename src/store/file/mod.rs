@@ -15,6 +15,7 @@ mod cache;
 )]
 mod clock;
 mod commit;
+mod damage;
 mod effects;
 mod engine;
 mod error;

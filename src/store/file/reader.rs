@@ -73,10 +73,19 @@ fn look_up(shared: &Shared, database: &Database, jobs: &mut vec::IntoIter<BeginJ
             tell(shared, job, latest.as_deref());
             continue;
         }
+        if let Some(error) = shared.damage.of(&job.id, &shared.file) {
+            job.answer(Err(error));
+            continue;
+        }
         let stored = match records.get(job.id.as_bytes()) {
             Ok(stored) => stored,
             Err(error) => {
                 let error = redb::Error::from(error);
+                shared.damage.note(&job.id, &error);
+                if let Some(error) = shared.damage.of(&job.id, &shared.file) {
+                    job.answer(Err(error));
+                    continue;
+                }
                 if is_for_the_writer(&error) {
                     hand_on(shared, job);
                     continue;

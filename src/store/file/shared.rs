@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst},
+    atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
 };
 
 use redb::Database;
@@ -12,6 +12,7 @@ use super::{
     ahead::Ahead,
     cache::Cache,
     clock::StoreTime,
+    damage::Damage,
     engine::{Broken, BrokenCell, Settings},
     listeners::Listeners,
     queue::{BeginJob, Queue, Refused, WriteJob},
@@ -35,8 +36,7 @@ pub(super) struct Shared {
     pub(super) records: AtomicU64,
     pub(super) listeners: Listeners,
     pub(super) broken: BrokenCell,
-    /// Whether a page was found that is not what was written: nothing is purged any more, or every purge would meet it.
-    pub(super) damaged: AtomicBool,
+    pub(super) damage: Damage,
     /// When it was closed: nothing new is begun, and answers in memory are not given any more either. 0 while it is open.
     pub(super) closed_at: AtomicU64,
     pub(super) closed: watch::Sender<bool>,

@@ -153,6 +153,10 @@ impl Writer {
     }
 
     fn batch(&mut self, jobs: &mut Vec<WriteJob>) {
+        // By a reader: redb takes no more work, which the transaction that is open would notice at a checkpoint only.
+        if self.backend.met_damage() {
+            drop(self.failed(redb::Error::PreviousIo));
+        }
         if let Some(broken) = self.shared.broken.get() {
             return refuse(jobs, || broken.clone().into());
         }
@@ -221,7 +225,7 @@ impl Writer {
             }
             Some(Failed::Changed(_)) => {
                 tracing::error!(%file, %cause, "the idempotency store's file is damaged; it purges nothing any more");
-                self.shared.damaged.store(true, SeqCst);
+                self.shared.damage.found();
                 self.reopen();
             }
             Some(Failed::Unknown) | None => return self.shared.fail(Some(cause)),
@@ -315,7 +319,7 @@ fn apply(
     let transaction = commits.begin(database)?;
     let mut outcomes = Vec::with_capacity(jobs.len());
     let mut batch = Batch::new(&transaction, shared.time.run(), room)?;
-    let purged = match shared.damaged.load(SeqCst) {
+    let purged = match shared.damage.is_found() {
         true => 0,
         false => (jobs.len() * 2 + 8).min(MAX_PURGED),
     };
@@ -327,7 +331,11 @@ fn apply(
         outcomes.push(match job {
             WriteJob::Begin(job) if job.is_gone() => Outcome::Skipped,
             WriteJob::Begin(job) => {
-                let result = batch.begin(job, now)?;
+                let id = job.id;
+                let result = match shared.damage.of(&id, &shared.file) {
+                    Some(error) => Err(error),
+                    None => (batch.begin(job, now)).inspect_err(|error| shared.damage.note(&id, error))?,
+                };
                 if batch.changed() {
                     Outcome::Begin(result)
                 } else {
@@ -336,7 +344,13 @@ fn apply(
                     Outcome::Skipped
                 }
             }
-            WriteJob::Change(job) => Outcome::Change(batch.change(job, now)?),
+            WriteJob::Change(job) => {
+                let id = job.lease.id;
+                Outcome::Change(match shared.damage.of(&id, &shared.file) {
+                    Some(error) => Err(error),
+                    None => (batch.change(job, now)).inspect_err(|error| shared.damage.note(&id, error))?,
+                })
+            }
         });
     }
     if room.is_none() && batch.changed() {
