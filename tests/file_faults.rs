@@ -738,8 +738,8 @@ async fn without_checksums_under_its_pages_a_flipped_bit_hides_a_record() {
     assert!(found.vacant > 0, "the test above could not fail: {found:?}");
 }
 
-#[tokio::test]
-async fn a_damaged_page_fails_those_it_leads_to_and_a_purge_does_not_spread_it() {
+/// A closed file with 60 records, of which a page of one is not what was written.
+async fn seven_is_damaged() -> (Failing, TestClock) {
     let (medium, clock) = (Failing::default(), TestClock::new());
     let store = open(&medium, &clock).await.unwrap();
     for number in 0..60 {
@@ -756,6 +756,12 @@ async fn a_damaged_page_fails_those_it_leads_to_and_a_purge_does_not_spread_it()
         assert!(!places.is_empty(), "it is in the file");
         places.iter().for_each(|at| bytes[*at + 500] ^= 1);
     });
+    (medium, clock)
+}
+
+#[tokio::test]
+async fn a_damaged_page_fails_those_it_leads_to_and_a_purge_does_not_spread_it() {
+    let (medium, clock) = seven_is_damaged().await;
     let store = open(&medium, &clock).await.unwrap();
     for round in 0..3 {
         let reads = medium.reads();
@@ -796,6 +802,43 @@ async fn a_damaged_page_fails_those_it_leads_to_and_a_purge_does_not_spread_it()
     }
     assert!(acquired > 6, "{acquired} of 10 new keys");
     assert!(store.begin(&id(7), &claim()).await.is_err());
+}
+
+#[tokio::test]
+async fn a_damaged_page_that_a_reader_meets_fails_nobody_but_who_asked_for_it() {
+    let (medium, clock) = seven_is_damaged().await;
+    let store = open(&medium, &clock).await.unwrap();
+    let mut leases = Vec::new();
+    for number in 100..103 {
+        leases.push(acquire(&store, number).await.unwrap());
+    }
+    let syncs = medium.syncs();
+    medium.block_syncs(true);
+    let completing = tokio::spawn({
+        let (store, lease) = (store.clone(), leases[0]);
+        async move { store.complete(&lease, &response(100, 1000), Retention::Forever).await }
+    });
+    while medium.syncs() == syncs {
+        tokio::task::yield_now().await;
+    }
+    // The writer is in the middle of its sync, so a reader looks.
+    let error = store.begin(&id(7), &claim()).await.unwrap_err();
+    assert!(said(&error).contains("is damaged where it has this record"), "{error}");
+    medium.block_syncs(false);
+    completing.await.unwrap().unwrap();
+    for (lease, number) in leases[1..].iter().zip(101..) {
+        store
+            .complete(lease, &response(number, 1000), Retention::Forever)
+            .await
+            .unwrap();
+    }
+    let mut answered = 0;
+    for number in (0..60).filter(|number| *number != 7) {
+        // Not its neighbours in the page.
+        let found = store.begin(&id(number), &claim()).await;
+        answered += usize::from(matches!(found, Ok(Begin::Completed { .. })));
+    }
+    assert!(answered > 50, "{answered}");
 }
 
 #[tokio::test]
