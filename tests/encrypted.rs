@@ -64,51 +64,36 @@ async fn node(store: impl Store, ring: KeyRing, control: &Control) -> axum::Rout
 
 // ---- the contract
 
-struct Made<F> {
-    make: F,
-    tick: Option<Duration>,
-}
+struct Paused<F>(F);
 
-/// On paused time.
-fn paused<F>(make: F) -> Made<F> {
-    Made { make, tick: None }
-}
-
-impl<S: Store, M: Future<Output = S> + Send, F: Fn() -> M + Sync> Subject for Made<F> {
+impl<S: Store, M: Future<Output = S> + Send, F: Fn() -> M + Sync> Subject for Paused<F> {
     type Store = S;
 
     fn store(&self) -> impl Future<Output = S> + Send {
-        (self.make)()
+        (self.0)()
     }
 
     async fn pass(&self, time: Duration) {
-        match self.tick {
-            None => advance(time).await,
-            Some(_) => tokio::time::sleep(time).await,
-        }
-    }
-
-    fn tick(&self) -> Duration {
-        self.tick.unwrap_or(SECOND)
+        advance(time).await;
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_encrypted_store_keeps_the_contract() {
-    let report = testing::check(&paused(|| opened(MemoryStore::new()))).await;
+    let report = testing::check(&Paused(|| opened(MemoryStore::new()))).await;
     report.assert();
     assert!(report.checks() >= 35, "only {} sentences were checked", report.checks());
     // Nodes on one store.
     let shared = MemoryStore::new();
-    testing::check(&paused(|| opened(shared.clone()))).await.assert();
+    testing::check(&Paused(|| opened(shared.clone()))).await.assert();
     let any = || async { AnyStore::new(opened(AnyStore::new(MemoryStore::new())).await) };
-    testing::check(&paused(any)).await.assert();
+    testing::check(&Paused(any)).await.assert();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn an_encrypted_store_keeps_the_contract_among_threads() {
     for _ in 0..10 {
-        testing::check_races(&paused(|| opened(MemoryStore::new())))
+        testing::check_races(&Paused(|| opened(MemoryStore::new())))
             .await
             .assert();
     }
@@ -120,9 +105,9 @@ async fn an_encrypted_store_keeps_the_contract_behind_and_in_front_of_copies() {
     use tower_idempotency::Cached;
     let shared = MemoryStore::new();
     let behind = || async { Cached::new(opened(shared.clone()).await) };
-    testing::check(&paused(behind)).await.assert();
+    testing::check(&Paused(behind)).await.assert();
     let in_front = || opened(Cached::new(shared.clone()));
-    testing::check(&paused(in_front)).await.assert();
+    testing::check(&Paused(in_front)).await.assert();
 }
 
 #[cfg(feature = "file")]
@@ -131,35 +116,47 @@ async fn an_encrypted_store_keeps_the_contract_in_a_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("store.redb");
     let file = tower_idempotency::FileStore::open(path).await.unwrap();
-    testing::check(&paused(|| opened(file.clone()))).await.assert();
+    testing::check(&Paused(|| opened(file.clone()))).await.assert();
+}
+
+/// Time is the store's own there: what needs it to pass is checked above.
+#[cfg(any(feature = "redis", feature = "postgres"))]
+async fn assert_two_nodes_share<S: Store + Clone>(store: S) {
+    let subject = Paused(|| opened(store.clone()));
+    testing::check_races(&subject).await.assert();
+    let control = open();
+    let one = node(store.clone(), ring(), &control).await;
+    let other = node(store.clone(), ring(), &control).await;
+    let first = call(&one, keyed("k", "a")).await;
+    let replay = call(&other, keyed("k", "a")).await;
+    assert!(replay.is_replay() && replay.body == first.body);
+    let reused = call(&other, keyed("k", "b")).await;
+    assert_eq!((reused.status, control.runs()), (StatusCode::UNPROCESSABLE_ENTITY, 1));
+    let refused = opened_by(store, 2).await.err().unwrap();
+    assert_eq!(refused.kind(), EncryptedErrorKind::AnotherLookUpSecret);
 }
 
 #[cfg(feature = "redis")]
 #[tokio::test]
-async fn an_encrypted_store_keeps_the_contract_on_redis() {
+async fn nodes_share_an_encrypted_store_on_redis() {
     let server = support::redis::Redis::start(&[]);
-    let connect = || tower_idempotency::RedisStore::connect(server.url());
-    let make = || async { opened(connect().await.unwrap()).await };
-    let tick = Some(Duration::from_millis(400));
-    testing::check(&Made { make, tick }).await.assert();
-    let refused = opened_by(connect().await.unwrap(), 2).await.unwrap_err();
-    assert_eq!(refused.kind(), EncryptedErrorKind::AnotherLookUpSecret);
+    let store = tower_idempotency::RedisStore::connect(&server.url()).await.unwrap();
+    assert_two_nodes_share(store).await;
+    let lives: i64 = server
+        .ask(&[
+            "PTTL",
+            "idempotency:746f7765722d6964656d706f74656e63792f6c6f6f6b2d75702d736563726574",
+        ])
+        .await;
+    assert_eq!(lives, -1, "its mark is there for ever");
 }
 
 #[cfg(feature = "postgres")]
 #[tokio::test]
-async fn an_encrypted_store_keeps_the_contract_on_postgresql() {
+async fn nodes_share_an_encrypted_store_on_postgresql() {
     let server = support::postgres::Postgres::start(&[]);
-    let builder = tower_idempotency::PostgresStore::builder()
-        .create_table(true)
-        .max_connections(4);
-    let url = server.url();
-    let connect = || builder.clone().connect(&url);
-    let make = || async { opened(connect().await.unwrap()).await };
-    let tick = Some(Duration::from_millis(500));
-    testing::check(&Made { make, tick }).await.assert();
-    let refused = opened_by(connect().await.unwrap(), 2).await.unwrap_err();
-    assert_eq!(refused.kind(), EncryptedErrorKind::AnotherLookUpSecret);
+    let builder = tower_idempotency::PostgresStore::builder().create_table(true);
+    assert_two_nodes_share(builder.connect(&server.url()).await.unwrap()).await;
 }
 
 // ---- who reads the store
@@ -221,8 +218,8 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
     bytes.windows(part.len()).any(|window| window == part)
 }
 
-/// A request and its replay, and what they left in a file: whether it has the answer, its content type, the key, and
-/// each of the plain hashes.
+/// Of a request and its replay: whether the file has the answer's body, its content type, and the plain hashes of key and
+/// request.
 #[cfg(feature = "file")]
 async fn found_in_a_file(encrypted: bool) -> Vec<bool> {
     let directory = tempfile::tempdir().unwrap();
@@ -238,20 +235,17 @@ async fn found_in_a_file(encrypted: bool) -> Vec<bool> {
     let first = call(&app, keyed("the-clients-key", "the card is 4242")).await;
     let again = call(&app, keyed("the-clients-key", "the card is 4242")).await;
     assert_eq!((first.status, control.runs()), (StatusCode::CREATED, 1));
-    assert!(again.is_replay() && again.body == first.body);
-    assert!(contains(&first.body, b"the card is 4242"));
+    assert!(again.is_replay() && again.body == first.body && contains(&first.body, b"the card is 4242"));
     drop(app);
     file.close().await;
     let bytes = std::fs::read(&path).unwrap();
+    for secret in [b"the-clients-key", &[LOOK_UP_SECRET; 32][..], &[0xd1; 32]] {
+        assert!(!contains(&bytes, secret), "{secret:?}");
+    }
     let hashes = plain.noted();
     assert_eq!(hashes.len(), 2, "an id and a fingerprint");
-    let mut parts: Vec<Vec<u8>> = hashes.into_iter().collect();
-    parts.extend(["the card is 4242", "text/plain", "201 Created"].map(|text| text.as_bytes().to_vec()));
-    parts.truncate(4);
-    for secret in [b"the-clients-key".to_vec(), vec![LOOK_UP_SECRET; 32], vec![0xd1; 32]] {
-        assert!(!contains(&bytes, &secret), "{secret:?}");
-    }
-    parts.iter().map(|part| contains(&bytes, part)).collect()
+    let texts = ["the card is 4242", "text/plain"].map(|text| text.as_bytes().to_vec());
+    texts.iter().chain(&hashes).map(|part| contains(&bytes, part)).collect()
 }
 
 #[cfg(feature = "file")]
@@ -564,44 +558,54 @@ async fn a_crash_while_a_store_is_opened_locks_out_nobody() {
 }
 
 /// A store to which completions are slow, while claims are not.
-#[derive(Clone, Default)]
-struct Slow(MemoryStore);
+#[derive(Clone)]
+struct Slow {
+    memory: MemoryStore,
+    time: Duration,
+}
+
+impl Slow {
+    fn taking(time: Duration) -> Self {
+        let memory = MemoryStore::new();
+        Self { memory, time }
+    }
+}
 
 impl Store for Slow {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
-        self.0.begin(id, claim).await
+        self.memory.begin(id, claim).await
     }
 
     async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
-        tokio::time::sleep(SECOND * 60).await;
-        self.0.complete(lease, response, retention).await
+        tokio::time::sleep(self.time).await;
+        self.memory.complete(lease, response, retention).await
     }
 
     async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
-        self.0.renew(lease, length).await
+        self.memory.renew(lease, length).await
     }
 
     async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
-        self.0.release(lease).await
+        self.memory.release(lease).await
     }
 
     async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
-        self.0.abandon(lease).await
+        self.memory.abandon(lease).await
     }
 
     async fn changed(&self, id: &RecordId) {
-        self.0.changed(id).await;
+        self.memory.changed(id).await;
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn whoever_opens_a_store_too_slowly_finds_what_others_made_of_it() {
     for (later, expected) in [(1, None), (2, Some(EncryptedErrorKind::AnotherLookUpSecret))] {
-        let slow = Slow::default();
+        let slow = Slow::taking(SECOND * 60);
         let first = tokio::spawn(opened_by(slow.clone(), 1));
         tokio::time::sleep(SECOND).await;
         // It waits for the lease to end, takes over, and is done long before.
-        opened_by(slow.0.clone(), later).await.unwrap();
+        opened_by(slow.memory.clone(), later).await.unwrap();
         assert!(!first.is_finished());
         let found = first.await.unwrap().err().map(|error| error.kind());
         assert_eq!(found, expected);
@@ -610,14 +614,16 @@ async fn whoever_opens_a_store_too_slowly_finds_what_others_made_of_it() {
 
 #[tokio::test(start_paused = true)]
 async fn whoever_waits_for_another_opening_is_called_when_it_is_done() {
-    let slow = Slow::default();
+    let slow = Slow::taking(SECOND * 5);
+    let start = tokio::time::Instant::now();
     let first = tokio::spawn(opened_by(slow.clone(), 1));
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let lost = slow.0.clone();
-    let second = tokio::spawn(opened_by(lost, 2));
-    assert!(!second.is_finished());
-    first.abort();
-    second.await.unwrap().unwrap();
+    let others = [1, 2].map(|secret| opened_by(slow.memory.clone(), secret));
+    let [same, other] = <[_; 2]>::try_from(join_all(others).await).ok().unwrap();
+    // In paused time: by the call, and not at the next look.
+    assert_eq!(start.elapsed(), SECOND * 5);
+    assert!(same.is_ok() && first.await.unwrap().is_ok());
+    assert_eq!(other.unwrap_err().kind(), EncryptedErrorKind::AnotherLookUpSecret);
 }
 
 #[tokio::test(start_paused = true)]

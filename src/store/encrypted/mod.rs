@@ -20,7 +20,9 @@ use crate::{
     record::{Begin, Claim, Lease, RecordId, Retention},
 };
 
-/// Keeps from whoever reads a store what was answered, to whom, and under which key.
+/// Any store, with everything that it keeps under keys that it does not have.
+///
+#[doc = include_str!("../../../docs/encryption.md")]
 #[derive(Clone)]
 pub struct Encrypted<S> {
     store: S,
