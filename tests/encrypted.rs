@@ -92,7 +92,7 @@ async fn an_encrypted_store_keeps_the_contract() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn an_encrypted_store_keeps_the_contract_among_threads() {
-    for _ in 0..10 {
+    for _ in 0..3 {
         testing::check_races(&Paused(|| opened(MemoryStore::new())))
             .await
             .assert();
