@@ -522,8 +522,9 @@ async fn a_node_with_another_look_up_secret_does_not_open_the_store() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn of_many_nodes_that_open_a_store_at_once_all_with_one_look_up_secret_do() {
     for round in 0..20 {
-        let memory = MemoryStore::new();
-        let nodes = (0..16).map(|node| tokio::spawn(opened_by(memory.clone(), (node + round) % 2)));
+        // So that many come while one is at it.
+        let store = Slow::taking(Duration::from_millis(1));
+        let nodes = (0..16).map(|node| tokio::spawn(opened_by(store.clone(), (node + round) % 2)));
         let nodes: Vec<_> = join_all(nodes).await.into_iter().map(Result::unwrap).collect();
         let opened: Vec<_> = nodes.iter().map(Result::is_ok).collect();
         let [even, odd] = [0, 1].map(|from| opened.iter().skip(from).step_by(2).copied().collect::<Vec<_>>());
