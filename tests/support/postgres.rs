@@ -135,16 +135,22 @@ impl Postgres {
 
     /// All of its processes take bytes and answer none, until [`resume`](Self::resume).
     pub fn pause(&self) {
-        self.processes().into_iter().for_each(|id| signal(id, "-STOP"));
+        // The postmaster before its children are listed: one that still runs makes another for whoever connects now.
+        stop(&[self.postmaster()]);
+        stop(&self.processes());
     }
 
     pub fn resume(&self) {
         self.processes().into_iter().for_each(|id| signal(id, "-CONT"));
     }
 
+    fn postmaster(&self) -> u32 {
+        self.process.as_ref().expect("it is running").id()
+    }
+
     /// The postmaster, first, and its children.
     pub fn processes(&self) -> Vec<u32> {
-        let postmaster = self.process.as_ref().expect("it is running").id();
+        let postmaster = self.postmaster();
         let mut all = vec![postmaster];
         for entry in fs::read_dir("/proc").expect("a system with /proc").flatten() {
             let Some(id) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
@@ -378,6 +384,23 @@ pub fn signal(process: u32, signal: &str) {
         .args([signal, &process.to_string()])
         .stderr(Stdio::null())
         .status();
+}
+
+/// Returns once none of them runs any more.
+fn stop(processes: &[u32]) {
+    processes.iter().for_each(|&id| signal(id, "-STOP"));
+    for id in processes {
+        // A signal is sent before it has arrived. The state comes after the name, which may hold anything; of a process
+        // that has ended there is none.
+        let runs = || {
+            let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+            let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+            state.is_some_and(|state| !matches!(state, 'T' | 't' | 'Z' | 'X'))
+        };
+        while runs() {
+            std::thread::yield_now();
+        }
+    }
 }
 
 pub fn free_port() -> u16 {
