@@ -89,6 +89,29 @@ impl StoredResponse {
         Self { bytes: out.into() }
     }
 
+    /// The start of an answer whose body, of so many bytes to be appended, only its writer can read. Whether it stands
+    /// for one that is kept is all that it says.
+    #[cfg(feature = "encrypted")]
+    pub(crate) fn opaque_head(is_kept: bool, body: usize) -> Vec<u8> {
+        let mut out = Vec::with_capacity(HEAD + body);
+        push_head(&mut out, if is_kept { 0 } else { NOT_KEPT }, StatusCode::OK, body);
+        out
+    }
+
+    /// The body of such an answer; `None` if it says anything else.
+    ///
+    /// # Errors
+    /// As [`from_bytes`](Self::from_bytes).
+    #[cfg(feature = "encrypted")]
+    pub(crate) fn opaque_body(&self) -> Result<Option<Bytes>, StoreError> {
+        let answer = self.decode()?;
+        let says_nothing = answer.status == StatusCode::OK
+            && answer.headers.is_empty()
+            && answer.trailers.is_none()
+            && !answer.trailers_announced;
+        Ok(says_nothing.then_some(answer.body))
+    }
+
     /// Takes back what [`as_bytes`](Self::as_bytes) gave. The bytes are kept, not copied.
     ///
     /// # Errors

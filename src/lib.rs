@@ -79,6 +79,8 @@ pub use self::{
 pub use self::store::SqlxTransaction;
 #[cfg(feature = "cached")]
 pub use self::store::{Cached, CachedBuilder};
+#[cfg(feature = "encrypted")]
+pub use self::store::{Encrypted, EncryptedError, EncryptedErrorKind, InvalidSecretKey, KeyRing, SecretKey};
 #[cfg(feature = "redis")]
 pub use self::store::{RedisStore, RedisStoreBuilder};
 #[cfg(feature = "postgres")]

@@ -67,7 +67,8 @@
 //! **503.** The server has no room for another key. The request did not run. Send it again after `Retry-After`.
 //!
 //! ## record-unreadable
-//! **500.** The record of the first request is damaged. This request did not run, and will not.
+//! **500.** The record of the first request is damaged, or sealed with a key that the server does not have. This request
+//! did not run, and will not.
 //!
 //! ## record-from-newer-version
 //! **503.** The record of the first request was written by a newer version of the server. This request did not run.

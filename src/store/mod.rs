@@ -3,6 +3,8 @@
 mod any;
 #[cfg(feature = "cached")]
 mod cached;
+#[cfg(feature = "encrypted")]
+mod encrypted;
 #[cfg(feature = "file")]
 mod file;
 #[cfg(any(feature = "postgres", feature = "redis"))]
@@ -18,6 +20,8 @@ use std::{future::Future, sync::Arc, time::Duration};
 pub(crate) use self::any::{Call, DynStore};
 #[cfg(feature = "cached")]
 pub use self::cached::{Cached, CachedBuilder};
+#[cfg(feature = "encrypted")]
+pub use self::encrypted::{Encrypted, EncryptedError, EncryptedErrorKind, InvalidSecretKey, KeyRing, SecretKey};
 #[cfg(all(feature = "file", feature = "testing"))]
 pub use self::file::{Clock, MachineStart, Medium};
 #[cfg(feature = "file")]
