@@ -15,6 +15,8 @@ mod support;
 mod app;
 mod checker;
 mod client;
+#[cfg(feature = "encrypted")]
+mod encrypted;
 mod event;
 #[cfg(all(feature = "file", feature = "testing"))]
 mod file;

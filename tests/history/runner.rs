@@ -84,9 +84,9 @@ pub fn seed() -> u64 {
     )
 }
 
-/// Runs rounds until there were so many operations, and asserts that no rule was broken and that everything was tried.
-pub async fn prove<A: Arena>(mut arena: A) {
-    let (seed, operations) = (seed(), operations());
+/// Runs rounds until there were so many operations, and asserts that no rule was broken.
+pub async fn run<A: Arena>(mut arena: A, operations: u64) -> Summary {
+    let seed = seed();
     let mut summary = Summary::default();
     while summary.operations < operations {
         let round_seed = seed + summary.rounds;
@@ -108,6 +108,12 @@ pub async fn prove<A: Arena>(mut arena: A) {
     );
     println!("faults: {:?}", summary.faults);
     println!("what happened: {:?}", summary.census);
+    summary
+}
+
+/// Runs the CI's share, and asserts that no rule was broken and that everything was tried.
+pub async fn prove<A: Arena>(arena: A) {
+    let summary = run(arena, operations()).await;
     let struck: u64 = summary.faults.values().sum();
     for fault in FAULTS.iter().chain(A::FAULTS) {
         assert!(
