@@ -768,14 +768,10 @@ async fn a_damaged_page_fails_those_it_leads_to_and_a_purge_does_not_spread_it()
         let error = store.begin(&id(7), &claim()).await.unwrap_err();
         assert_eq!(error.kind(), StoreErrorKind::Unavailable);
         let said = said(&error);
-        let again = if round == 0 {
-            "and is opened again"
-        } else {
-            "is damaged where it has this record"
-        };
-        for part in [again, "was changed since it was written"] {
-            assert!(said.contains(part), "{said}");
-        }
+        assert!(said.contains("was changed since it was written"), "{said}");
+        // A reader may have been the one who met it.
+        let met = round == 0 && said.contains("and is opened again");
+        assert!(met || said.contains("is damaged where it has this record"), "{said}");
         assert_eq!(medium.reads() > reads, round == 0, "it is looked for in vain once");
         let mut answered = 0;
         for number in (0..60).filter(|number| *number != 7) {
@@ -834,9 +830,11 @@ async fn a_damaged_page_that_a_reader_meets_fails_nobody_but_who_asked_for_it() 
     }
     let mut answered = 0;
     for number in (0..60).filter(|number| *number != 7) {
-        // Not its neighbours in the page.
         let found = store.begin(&id(number), &claim()).await;
         answered += usize::from(matches!(found, Ok(Begin::Completed { .. })));
+        // Its neighbours in the page are never answered; nobody else is refused on its account, not even once.
+        let again = store.begin(&id(number), &claim()).await;
+        assert_eq!(found.is_ok(), again.is_ok(), "{number}: {found:?}, then {again:?}");
     }
     assert!(answered > 50, "{answered}");
 }
