@@ -7,7 +7,6 @@ mod support;
 
 use std::{
     collections::HashSet,
-    io,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
@@ -21,6 +20,7 @@ use support::{
     app::{Control, call, keyed, open, pay},
     faulty::{Fault, FaultyStore, Op},
     http::Answer,
+    log::Log,
 };
 use tokio::time::advance;
 use tower_idempotency::{
@@ -462,40 +462,22 @@ async fn an_answer_whose_key_was_dropped_or_is_not_there_yet_is_refused_and_runs
     assert_eq!(control.runs(), 2);
 }
 
-/// What is logged in this thread.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 #[tokio::test]
 async fn the_log_says_which_key_an_answer_was_sealed_with_and_shows_none() {
     let memory = MemoryStore::new();
     let control = open();
-    let log = Log::default();
-    let writer = log.clone();
-    let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
-    let _guard = tracing::subscriber::set_default(subscriber);
+    let (log, _guard) = Log::start();
     let old = node(memory.clone(), KeyRing::sealing(17, &key(0xab)), &control).await;
     let new = node(memory.clone(), KeyRing::sealing(18, &key(0xcd)), &control).await;
     call(&old, keyed("the-clients-key", "a")).await;
     assert_unreadable(&call(&new, keyed("the-clients-key", "a")).await);
-    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-    let line = log.lines().find(|line| line.contains("ERROR")).unwrap();
+    let line = log.lines("ERROR").remove(0);
     assert!(
         line.contains("sealed with key 17, which is not in the key ring"),
         "{line}"
     );
     for secret in ["abab", "cdcd", "c1c1", "the-clients-key"] {
-        assert!(!log.contains(secret), "{log}");
+        assert!(log.lines(secret).is_empty(), "{}", log.text());
     }
 }
 

@@ -12,6 +12,7 @@ pub mod demo;
 pub mod dice;
 pub mod faulty;
 pub mod http;
+pub mod log;
 #[cfg(all(feature = "file", feature = "testing"))]
 pub mod medium;
 pub mod midaspay;
