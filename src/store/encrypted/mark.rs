@@ -27,6 +27,12 @@ const LEASE: Duration = Duration::from_secs(10);
 /// Before it is looked again without a call.
 const PAUSE: Duration = Duration::from_millis(500);
 
+/// A store that does not answer by then is unavailable.
+async fn within_a_lease<T>(call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    let late = |error| StoreError::with_source(StoreErrorKind::Unavailable, error);
+    timeout(LEASE, call).await.map_err(late)?
+}
+
 /// Other records have the MAC of an id.
 pub(super) fn id() -> RecordId {
     RecordId::from_bytes(*b"tower-idempotency/look-up-secret")
@@ -38,11 +44,11 @@ pub(super) async fn leave(store: &impl Store, check: [u8; 32]) -> Result<(), Enc
     let owner = Owner::random().map_err(|error| StoreError::with_source(StoreErrorKind::Unavailable, error))?;
     let mut claim = Claim::new(own, owner, LEASE, Retention::Forever);
     loop {
-        match store.begin(&id, &claim).await? {
+        match within_a_lease(store.begin(&id, &claim)).await? {
             Begin::Acquired(lease) => {
                 // It needs no room.
                 let fact = StoredResponse::not_kept(StatusCode::OK);
-                match store.complete(&lease, &fact, Retention::Forever).await {
+                match within_a_lease(store.complete(&lease, &fact, Retention::Forever)).await {
                     Ok(()) => return Ok(()),
                     // It took longer than its lease.
                     Err(error) if error.kind() == StoreErrorKind::Fenced => claim.takeover = None,
