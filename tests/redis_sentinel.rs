@@ -119,8 +119,11 @@ async fn pair(options: &[&str]) -> (Redis, Redis) {
     (primary, replica)
 }
 
+/// More than a busy disk takes for what a replica is to acknowledge.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 async fn waiting(primary: &Redis, within: Duration) -> RedisStore {
-    let builder = RedisStore::builder().wait_for_replicas(1, within);
+    let builder = RedisStore::builder().timeout(PATIENCE * 2).wait_for_replicas(1, within);
     builder.connect(&primary.url()).await.unwrap()
 }
 
@@ -186,7 +189,10 @@ async fn without_enough_replicas_nothing_is_granted_and_nothing_is_done() {
 async fn no_handler_runs_under_a_claim_that_too_few_replicas_have() {
     let (primary, replica) = pair(&[]).await;
     let control = open();
-    let patient = pay(&control, IdempotencyLayer::new(waiting(&primary, PATIENCE).await));
+    let patient = pay(
+        &control,
+        IdempotencyLayer::new(waiting(&primary, PATIENCE).await).store_timeout(PATIENCE * 2),
+    );
     let app = pay(
         &control,
         IdempotencyLayer::new(waiting(&primary, Duration::from_millis(50)).await),

@@ -24,7 +24,8 @@ const VERSION: u8 = 1;
 /// Long for two steps of a store, short for whoever comes after one that crashed between them.
 const LEASE: Duration = Duration::from_secs(10);
 
-/// Before it is looked again without a call.
+/// Before it is looked again without a call; at the least, since a lease may have no time left and not be over.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// A store that does not answer by then is unavailable.
@@ -66,7 +67,7 @@ pub(super) async fn leave(store: &impl Store, check: [u8; 32]) -> Result<(), Enc
             Begin::InProgress { remaining, .. } => {
                 claim.takeover = None;
                 // A call may come between the look and the listening; then this is a pause.
-                let _ = timeout(remaining.min(PAUSE), store.changed(&id)).await;
+                let _ = timeout(remaining.clamp(SHORTEST_PAUSE, PAUSE), store.changed(&id)).await;
             }
         }
     }
