@@ -301,7 +301,7 @@ mod tests {
     #[test]
     fn an_answer_that_is_not_kept_has_a_status_and_nothing_else() {
         let stored = StoredResponse::not_kept(StatusCode::ACCEPTED);
-        assert!(!stored.is_kept());
+        assert!(!stored.is_kept() && !stored.is_empty());
         assert!(sample().is_kept());
         let answer = StoredResponse::from_bytes(stored.as_bytes().clone())
             .unwrap()
@@ -309,6 +309,25 @@ mod tests {
             .unwrap();
         assert_eq!(answer.status, StatusCode::ACCEPTED);
         assert!(answer.headers.is_empty() && answer.body.is_empty() && answer.trailers.is_none());
+    }
+
+    #[test]
+    fn what_must_not_be_logged_is_marked_in_a_replay_too() {
+        let mut headers = HeaderMap::new();
+        let mut secret = HeaderValue::from_static("secret");
+        secret.set_sensitive(true);
+        headers.append("x-token", secret);
+        headers.append("x-token", HeaderValue::from_static("public"));
+        let stored = StoredResponse::encode(StatusCode::OK, &headers, |_| true, b"body", None);
+        let answer = stored.decode().unwrap();
+        let tokens: Vec<_> = answer.headers.get_all("x-token").iter().collect();
+        assert_eq!(tokens, ["secret", "public"]);
+        assert!(tokens[0].is_sensitive() && !tokens[1].is_sensitive());
+        assert_eq!(
+            format!("{stored:?}"),
+            "StoredResponse(62 bytes)",
+            "nothing of it is shown"
+        );
     }
 
     #[test]

@@ -104,6 +104,40 @@ mod tests {
         assert_eq!(percent_encoded("a key\n100 % für"), "a key%0A100 %25 f%C3%BCr");
     }
 
+    /// The tables of `google.rpc.Code`, in both directions.
+    #[test]
+    fn codes_are_those_that_grpc_clients_know() {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        let statuses = [
+            200, 500, 500, 400, 504, 404, 409, 403, 429, 400, 409, 400, 501, 500, 503, 500, 401, 500,
+        ];
+        for (code, status) in statuses.into_iter().enumerate() {
+            headers.insert(GRPC_STATUS, HeaderValue::from(code));
+            let found = http_status(&headers).map(|status| status.as_u16());
+            assert_eq!(found, Some(status), "{code}");
+        }
+        for (kind, expected) in [
+            (RejectionKind::KeyMissing, 3),
+            (RejectionKind::KeyReused, 3),
+            (RejectionKind::ResponseNotKept, 6),
+            (RejectionKind::DuplicateRequest, 6),
+            (RejectionKind::BodyTooLarge, 8),
+            (RejectionKind::OutcomeUnknown, 9),
+            (RejectionKind::FirstSentTooOld, 9),
+            (RejectionKind::InProgress, 10),
+            (RejectionKind::TransactionRolledBack, 10),
+            (RejectionKind::TransactionFailed, 13),
+            (RejectionKind::TransactionMisused, 13),
+            (RejectionKind::StoreUnavailable, 14),
+            (RejectionKind::StoreFull, 14),
+            (RejectionKind::RecordFromNewerVersion, 14),
+            (RejectionKind::RecordUnreadable, 15),
+        ] {
+            assert_eq!(code(kind), expected, "{kind:?}");
+        }
+    }
+
     #[test]
     fn only_a_grpc_answer_has_a_grpc_status() {
         let mut headers = HeaderMap::new();

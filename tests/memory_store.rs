@@ -14,6 +14,7 @@ use tower_idempotency::{
     StoredResponse,
 };
 
+const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3600);
 
 /// As real ids are: hashes.
@@ -21,15 +22,14 @@ fn id(number: u64) -> RecordId {
     RecordId::from_bytes(Sha256::digest(number.to_le_bytes()).into())
 }
 
+fn claim(lease: Duration, retention: Duration) -> Claim {
+    let fingerprint = Fingerprint::new(1, [0; 32]);
+    Claim::new(fingerprint, Owner::random().unwrap(), lease, Retention::For(retention))
+}
+
 async fn begin(store: &MemoryStore, number: u64) -> Result<Begin, StoreErrorKind> {
-    let owner = Owner::random().unwrap();
-    let claim = Claim::new(
-        Fingerprint::new(1, [0; 32]),
-        owner,
-        Duration::from_secs(60),
-        Retention::For(HOUR),
-    );
-    store.begin(&id(number), &claim).await.map_err(|error| error.kind())
+    let begin = store.begin(&id(number), &claim(MINUTE, HOUR)).await;
+    begin.map_err(|error| error.kind())
 }
 
 async fn acquire(store: &MemoryStore, number: u64) -> Lease {
@@ -192,9 +192,46 @@ async fn a_steady_load_keeps_a_steady_size_over_days() {
 async fn clones_share_their_records() {
     let store = MemoryStore::new();
     let clone = store.clone();
+    assert!(clone.is_empty());
     acquire(&store, 1).await;
+    assert!(!clone.is_empty());
     assert!(matches!(begin(&clone, 1).await, Ok(Begin::InProgress { .. })));
     assert!(format!("{clone:?}").contains("records: 1"));
+}
+
+#[tokio::test]
+async fn every_claim_is_answered_at_once() {
+    let store = MemoryStore::new();
+    let found = store.begin_at_once(&id(1), &claim(MINUTE, HOUR));
+    assert!(matches!(found, Some(Ok(Begin::Acquired(_)))), "{found:?}");
+    let found = store.begin_at_once(&id(1), &claim(MINUTE, HOUR));
+    assert!(matches!(found, Some(Ok(Begin::InProgress { .. }))), "{found:?}");
+}
+
+/// The store's time begins with it, and here it stands still.
+#[tokio::test(start_paused = true)]
+async fn a_lease_of_no_time_is_over_but_was_not_given_up() {
+    let store = MemoryStore::new();
+    let claim = claim(Duration::ZERO, HOUR);
+    for _ in 0..2 {
+        let found = store.begin(&id(1), &claim).await;
+        assert!(matches!(found, Ok(Begin::Acquired(_))), "its own again: {found:?}");
+    }
+    let lease = Lease::new(id(1), claim.owner, 1);
+    store.renew(&lease, MINUTE).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_record_that_does_not_outlive_its_lease_is_removed_with_it() {
+    let store = MemoryStore::new();
+    store.begin(&id(1), &claim(MINUTE, Duration::ZERO)).await.unwrap();
+    advance(MINUTE).await;
+    // Enough steps to reach every part of the store.
+    for number in 1000..2000 {
+        let lease = acquire(&store, number).await;
+        store.release(&lease).await.unwrap();
+    }
+    assert_eq!((store.len(), store.bytes()), (0, 0));
 }
 
 /// Many tasks on few records, with every transition: in the end the counts agree with what is there.
@@ -346,13 +383,8 @@ async fn an_answer_after_a_takeover_is_kept_for_its_own_retention() {
     let store = MemoryStore::new();
     let lost = acquire(&store, 0).await;
     store.abandon(&lost).await.unwrap();
-    let claim = Claim::new(
-        Fingerprint::new(1, [0; 32]),
-        Owner::random().unwrap(),
-        Duration::from_secs(60),
-        Retention::For(HOUR),
-    );
-    let Ok(Begin::Acquired(lease)) = store.begin(&id(0), &claim.taking_over(lost)).await else {
+    let claim = claim(MINUTE, HOUR).taking_over(lost);
+    let Ok(Begin::Acquired(lease)) = store.begin(&id(0), &claim).await else {
         panic!("it was to be taken over");
     };
     let answer = StoredResponse::not_kept(StatusCode::OK);

@@ -123,6 +123,21 @@ async fn all_leases_are_renewed_while_the_handler_runs() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_key_beside_that_somebody_removed_does_not_hasten_the_renewals() {
+    let store = FaultyStore::default();
+    let control = gated();
+    let app = pay(&control, layer(&store).lease(Duration::from_secs(60)));
+    let first = spawn(&app, order("a", &["u1", "u2"]));
+    control.entered().await;
+    let of_one_round = [Fault::Pass, Fault::Error(StoreErrorKind::Fenced), Fault::Pass];
+    store.fail(Op::Renew, [of_one_round; 10].concat());
+    sleep(Duration::from_secs(210)).await;
+    assert_eq!(store.calls(Op::Renew), 30, "three keys, every twenty seconds");
+    control.let_go();
+    ran(&first.await.unwrap());
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_did_not_execute_frees_all_of_its_keys() {
     let store = FaultyStore::default();
     let fails = Arc::new(AtomicUsize::new(1));

@@ -189,6 +189,8 @@ async fn a_store_that_stays_down_after_the_effect_leaves_the_outcome_unknown() {
     let (store, layer, control, app) = faulty();
     store.fail(Op::Complete, [DOWN; 1000]);
     assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::CREATED);
+    sleep(Duration::from_millis(49)).await;
+    assert_eq!(store.calls(Op::Complete), 1, "it is left alone for a moment");
     layer.drain().finished().await;
     sleep(Duration::from_secs(60)).await;
     assert_eq!(call(&app, keyed("k", "a")).await.problem(), "outcome-unknown");

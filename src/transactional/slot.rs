@@ -127,6 +127,29 @@ mod tests {
     }
 
     #[test]
+    fn a_handler_without_its_transaction_says_why_and_frees_the_key() {
+        let whys = [
+            (Missing::None, "no transaction: "),
+            #[cfg(feature = "sqlx")]
+            (Missing::Other("Tx"), "extract `Tx`"),
+            (Missing::Taken, "was taken already"),
+            (Missing::Over, "is over"),
+        ];
+        for (missing, why) in whys {
+            let said = MissingTransaction(missing).to_string();
+            assert!(said.contains(why), "{said}");
+        }
+        #[cfg(feature = "axum")]
+        {
+            use axum::response::IntoResponse;
+            let response = MissingTransaction(Missing::None).into_response();
+            assert_eq!(response.status(), http::StatusCode::INTERNAL_SERVER_ERROR);
+            let word = response.extensions().get();
+            assert!(matches!(word, Some(crate::keep::Keep::Nothing)));
+        }
+    }
+
+    #[test]
     fn a_transaction_that_was_not_given_back_is_lent_no_more() {
         let slot = Slot::of(7);
         let lent = lend(&slot);

@@ -99,3 +99,32 @@ impl Error for FileStoreError {
         self.source.as_deref().map(|source| source as _)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_names_the_file_and_gives_away_what_happened_underneath() {
+        let path = Path::new("/var/lib/keys.redb");
+        for (found, kind) in [
+            (io::ErrorKind::PermissionDenied, FileStoreErrorKind::NotAccessible),
+            (io::ErrorKind::ReadOnlyFilesystem, FileStoreErrorKind::NotAccessible),
+            (io::ErrorKind::NotFound, FileStoreErrorKind::NotAccessible),
+            (io::ErrorKind::NotADirectory, FileStoreErrorKind::NotAccessible),
+            (io::ErrorKind::IsADirectory, FileStoreErrorKind::NotAccessible),
+            (io::ErrorKind::StorageFull, FileStoreErrorKind::Full),
+            (io::ErrorKind::TimedOut, FileStoreErrorKind::Failed),
+        ] {
+            let error = FileStoreError::io(path, io::Error::new(found, "underneath"));
+            assert_eq!((error.kind(), error.path()), (kind, path), "{found}");
+            let source = error.source().map(ToString::to_string);
+            assert_eq!(source.as_deref(), Some("underneath"));
+            let said = error.to_string();
+            assert!(
+                said.contains("/var/lib/keys.redb") && said.ends_with(": underneath"),
+                "{said}"
+            );
+        }
+    }
+}

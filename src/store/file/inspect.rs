@@ -118,3 +118,56 @@ fn describe(id: RecordId, bytes: &[u8], now: u64) -> FileRecord {
         bytes: bytes.len(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::{
+        super::frame::{Progress, Record},
+        *,
+    };
+    use crate::{fingerprint::Fingerprint, record::Owner};
+
+    fn found_at(now: u64, vacant_at: u64, state: State<'_>) -> FileRecord {
+        let record = Record {
+            vacant_at,
+            indexed_at: vacant_at,
+            since: 100,
+            fence: 3,
+            fingerprint: Fingerprint::new(1, [0; 32]),
+            state,
+        };
+        let id = RecordId::from_bytes([7; 32]);
+        describe(id, &record.encode(&id), now)
+    }
+
+    #[test]
+    fn a_record_is_shown_as_what_a_claim_would_find() {
+        let running = State::InProgress(Progress {
+            owner: Owner::from_bytes([1; 16]),
+            lease_until: 150,
+            keep: 50,
+            run: 1,
+        });
+        let not_kept = StoredResponse::not_kept(StatusCode::ACCEPTED);
+        let completed = State::Completed(not_kept.as_bytes());
+        let as_completed = FileRecordState::Completed {
+            status: StatusCode::ACCEPTED,
+            kept: false,
+        };
+        for (now, state, expected) in [
+            (199, running, FileRecordState::Abandoned),
+            (200, running, FileRecordState::Expired),
+            (199, completed, as_completed),
+            (200, completed, FileRecordState::Expired),
+            (199, State::Completed(b"no answer"), FileRecordState::Unreadable),
+        ] {
+            let record = found_at(now, 200, state);
+            assert_eq!((record.state, record.attempt), (expected, 3), "at {now}");
+            assert_eq!(record.age, Duration::from_nanos(now - 100));
+            assert_eq!(record.expires_in, Some(Duration::from_nanos(200 - now)));
+        }
+        assert_eq!(found_at(199, NEVER, completed).expires_in, None);
+    }
+}

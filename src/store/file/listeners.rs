@@ -67,3 +67,33 @@ impl Drop for Listening<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::{
+        future::Future,
+        task::{Context, Waker},
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_record_without_listeners_takes_no_room() {
+        let listeners = Listeners::default();
+        let (one, two) = (RecordId::from_bytes([1; 32]), RecordId::from_bytes([2; 32]));
+        let listen = |id| {
+            let mut listener = Box::pin(listeners.changed(id));
+            let mut context = Context::from_waker(Waker::noop());
+            assert!(listener.as_mut().poll(&mut context).is_pending());
+            listener
+        };
+        let (first, second, other) = (listen(one), listen(one), listen(two));
+        assert_eq!(listeners.lock().len(), 2);
+        drop(first);
+        assert_eq!(listeners.lock().get(&one).unwrap().1, 1, "one still listens");
+        drop((second, other));
+        assert!(listeners.lock().is_empty());
+    }
+}

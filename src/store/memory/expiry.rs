@@ -180,6 +180,9 @@ mod tests {
         assert_eq!(expiry.pop(110), Some(id(1)));
         assert_eq!(expiry.set(id(3), 10, NEVER), None);
         assert_eq!(expiry.pop(NEVER - 1), None);
+        // What was cancelled is marked by time 0; a deadline at that time is none of it.
+        expiry.set(id(4), 0, 0);
+        assert_eq!((expiry.pop(0), expiry.pop(1)), (None, Some(id(4))));
     }
 
     #[test]
@@ -196,6 +199,45 @@ mod tests {
         }
         expiry.cancel(tickets[&id(0)], |_, _| ());
         assert!(expiry.classes[0].queue.is_empty());
+    }
+
+    #[test]
+    fn forgetting_deadlines_leaves_little_behind_and_moves_few() {
+        let mut expiry = Expiry::default();
+        let mut tickets: Vec<_> = (0..1000).map(|number| expiry.set(id(number), 0, 60).unwrap()).collect();
+        let mut moved = 0;
+        let mut cancel = |expiry: &mut Expiry, number: usize| {
+            expiry.cancel(tickets[number], |id, ticket| {
+                moved += 1;
+                tickets[u64::from_le_bytes(id.as_bytes()[..8].try_into().unwrap()) as usize] = ticket;
+            });
+            moved
+        };
+        // In their order there is nothing to be moved.
+        for number in 0..200 {
+            assert_eq!(cancel(&mut expiry, number), 0);
+        }
+        // Behind one that stays, what is left is halved a few times.
+        for number in 201..1000 {
+            let moved = cancel(&mut expiry, number);
+            let (live, queued) = (1000 - number, expiry.classes[0].queue.len());
+            assert!(queued <= 2 * live + 40, "{queued} are queued for {live}");
+            assert!(moved <= 1000, "{moved} were moved");
+        }
+    }
+
+    #[test]
+    fn where_there_is_no_queue_left_the_next_longer_one_is_shared() {
+        let mut expiry = Expiry::default();
+        for number in 1..=MAX_CLASSES as u64 {
+            expiry.set(id(number), 0, 100 * number);
+        }
+        let mut shared = |distance| {
+            let ticket = expiry.set(id(distance), 0, distance).unwrap();
+            expiry.classes[usize::from(ticket.class)].distance
+        };
+        assert_eq!((shared(50), shared(150), shared(3100)), (100, 200, 3100));
+        assert_eq!(shared(5000), 3200, "of those that are too short, the longest");
     }
 
     #[test]

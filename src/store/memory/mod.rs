@@ -330,3 +330,35 @@ impl Hasher for IdHasher {
         self.hash
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn ids_are_spread_over_all_shards_wherever_they_differ() {
+        let mut store = MemoryStore::new();
+        // Odd, and otherwise as good as any.
+        Arc::get_mut(&mut store.inner).unwrap().hasher.secret = 0x9e37_79b9_7f4a_7c15;
+        for differing_at in 0..7 {
+            let shards = (0..4096_u16).map(|number| {
+                let mut id = [0; 32];
+                id[differing_at..differing_at + 2].copy_from_slice(&number.to_le_bytes());
+                std::ptr::from_ref(&*store.shard(&RecordId::from_bytes(id)))
+            });
+            assert_eq!(shards.collect::<HashSet<_>>().len(), SHARDS, "at byte {differing_at}");
+        }
+    }
+
+    #[test]
+    fn no_bit_of_an_id_is_lost_in_its_hash() {
+        let even = (0..64)
+            .filter(|_| IdHasherBuilder::random().secret.is_multiple_of(2))
+            .count();
+        assert_eq!(even, 0);
+    }
+}

@@ -59,3 +59,53 @@ pub(crate) fn is_rolled_back(error: &StoreError) -> bool {
         .and_then(Error::code)
         .is_some_and(|state| state.code().starts_with("40"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_be_gone_when_it_is_tried_again_is_unavailable() {
+        use StoreErrorKind::{Corrupt, Full, Other, Unavailable};
+        for (code, expected) in [
+            ("08006", Unavailable),
+            ("40001", Unavailable),
+            ("40P01", Unavailable),
+            ("53300", Unavailable),
+            ("57014", Unavailable),
+            ("57P01", Unavailable),
+            ("58030", Unavailable),
+            ("25006", Unavailable),
+            ("0A000", Unavailable),
+            ("26000", Unavailable),
+            ("42P05", Unavailable),
+            ("55P03", Unavailable),
+            ("53100", Full),
+            ("XX001", Corrupt),
+            ("XX002", Corrupt),
+            ("XX000", Other),
+            ("42P01", Other),
+            ("42501", Other),
+            ("25001", Other),
+            ("55000", Other),
+            ("", Other),
+        ] {
+            assert_eq!(kind_of(code), expected, "{code:?}");
+        }
+    }
+
+    #[test]
+    fn a_pool_that_was_closed_does_not_come_back() {
+        for (error, expected) in [
+            (PoolError::Closed, StoreErrorKind::Other),
+            (PoolError::NoRuntimeSpecified, StoreErrorKind::Other),
+            (
+                PoolError::Timeout(deadpool_postgres::TimeoutType::Wait),
+                StoreErrorKind::Unavailable,
+            ),
+        ] {
+            let found = of_pool(error);
+            assert_eq!(found.kind(), expected, "{found:?}");
+        }
+    }
+}

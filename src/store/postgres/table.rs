@@ -169,3 +169,14 @@ fn quoted(name: &str) -> String {
 fn literal(text: &str) -> String {
     format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "\\'"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_written_as_in_a_statement() {
+        let table = PostgresTable::new("a \"quoted\" one", "Keys");
+        assert_eq!(table.to_string(), r#""a ""quoted"" one"."Keys""#);
+    }
+}
