@@ -8,6 +8,8 @@ mod support;
 use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
+#[cfg(feature = "postgres")]
+use support::postgres::Postgres;
 use support::{browser::Browser, demo::Demo, http};
 
 /// One browser for all of them, one after the other: a second one would only take the machine from the first.
@@ -22,6 +24,15 @@ async fn the_page_shows_what_idempotency_does() {
     a_panic_leaves_an_unknown_outcome_that_is_never_run_again(&Page::open(&browser).await).await;
     every_operation_on_offer_works_and_is_protected(&Page::open(&browser).await).await;
     what_a_user_typed_stays_text(&Page::open(&browser).await).await;
+    without_a_database_there_are_no_accounts(&Page::open(&browser).await).await;
+    #[cfg(feature = "postgres")]
+    {
+        let server = Postgres::start(&[]);
+        let page = async || Page::of(&browser, Demo::start(&["--store", &server.url()])).await;
+        a_transfer_is_seen_to_move_money_once_and_the_sum_stays(&page().await).await;
+        a_transfer_that_panics_between_its_halves_is_seen_to_move_nothing(&page().await).await;
+        a_sum_that_does_change_is_said(&page().await, &server).await;
+    }
     assert_eq!(
         browser.complaints().await,
         [] as [Value; 0],
@@ -201,6 +212,74 @@ async fn what_a_user_typed_stays_text(page: &Page<'_>) {
     assert_eq!(images, 0);
 }
 
+async fn without_a_database_there_are_no_accounts(page: &Page<'_>) {
+    page.click_and_see("#send").await.must_be("first", 201);
+    page.effects(1).await;
+    assert_eq!(page.bank().await, json!({ "shown": false, "offered": false }));
+}
+
+/// All accounts hold as much at the start.
+#[cfg(feature = "postgres")]
+const SUM: &str = "1,000,000";
+
+#[cfg(feature = "postgres")]
+async fn a_transfer_is_seen_to_move_money_once_and_the_sum_stays(page: &Page<'_>) {
+    let before = page.accounts(SUM).await;
+    assert_eq!(before, vec!["100,000"; 10]);
+    page.browser.click("#route option[value='/transfers']").await;
+    let first = page.click_and_see("#send").await;
+    first.must_be("first", 201);
+    page.click_and_see("#send-again").await.must_be("replayed", 201);
+    page.click_and_see("#send-changed")
+        .await
+        .must_be_refused(422, "idempotency-key-reused");
+    assert_eq!(page.effects(1).await, BTreeSet::from_iter(first.id));
+    let after = page.accounts(SUM).await;
+    assert_eq!(after[..3], ["−25 99,975", "+25 100,025", "100,000"]);
+    assert_eq!(after[2..], before[2..]);
+}
+
+#[cfg(feature = "postgres")]
+async fn a_transfer_that_panics_between_its_halves_is_seen_to_move_nothing(page: &Page<'_>) {
+    let before = page.accounts(SUM).await;
+    let effects = page.effects(1).await;
+    page.browser.click("#route option[value='/transfers']").await;
+    page.browser.click("#panic").await;
+    page.click_and_see("#send").await.must_be("no-answer", None);
+    // Which is said once the page has looked again.
+    page.browser
+        .until(
+            "the outcome is announced",
+            "return document.querySelector('#outcome').innerText.startsWith('No answer')",
+            &[],
+        )
+        .await;
+    assert_eq!(page.effects(1).await, effects);
+    assert_eq!(page.accounts(SUM).await, before);
+    let again = page.click_and_see("#send-again").await;
+    again.must_be("first", 201);
+    page.effects(2).await;
+    assert_eq!(page.accounts(SUM).await[..2], ["−25 99,950", "+25 100,050"]);
+}
+
+#[cfg(feature = "postgres")]
+async fn a_sum_that_does_change_is_said(page: &Page<'_>, server: &Postgres) {
+    page.accounts(SUM).await;
+    server
+        .say("UPDATE demo_accounts SET balance = balance + 7 WHERE id = 10")
+        .await;
+    let after = page.accounts("1,000,007").await;
+    assert_eq!(after[9], "+7 100,007");
+    page.browser
+        .until(
+            "it is said what the sum was",
+            "return document.querySelector('#sum-changed:not([hidden])')?.innerText
+                 === 'It was 1,000,000 when this page was opened.'",
+            &[],
+        )
+        .await;
+}
+
 /// The page of a fresh demo server.
 struct Page<'a> {
     browser: &'a Browser,
@@ -225,7 +304,10 @@ const READING: &str = "
 
 impl<'a> Page<'a> {
     async fn open(browser: &'a Browser) -> Self {
-        let demo = Demo::start(&["--store", "memory"]);
+        Self::of(browser, Demo::start(&["--store", "memory"])).await
+    }
+
+    async fn of(browser: &'a Browser, demo: Demo) -> Self {
         let served = http::get(demo.address(), "/").await;
         assert!(
             served.body == include_str!("../examples/demo/page.html"),
@@ -253,6 +335,31 @@ impl<'a> Page<'a> {
             )
             .await;
         Seen::new(&card)
+    }
+
+    /// Whether the accounts are shown, and transfers between them are on offer.
+    async fn bank(&self) -> Value {
+        let script = "return {
+            shown: document.querySelector('#bank').checkVisibility(),
+            offered: document.querySelector('#route option[value=\"/transfers\"]') !== null,
+        }";
+        self.browser.run(script, &[]).await
+    }
+
+    /// Waits until the accounts are said to hold so much together: what each of them does, after what moved last.
+    #[cfg(feature = "postgres")]
+    async fn accounts(&self, sum: &str) -> Vec<String> {
+        let shown = self
+            .browser
+            .until(
+                &format!("{sum} in all accounts"),
+                "return document.querySelector('#accounts-sum').textContent === arguments[0]
+                     && [...document.querySelectorAll('#accounts dd')].map(dd => [...dd.childNodes].map(n => n.textContent).join(' '))",
+                &[json!(sum)],
+            )
+            .await;
+        assert_eq!(self.bank().await, json!({ "shown": true, "offered": true }));
+        serde_json::from_value(shown).expect("a list of texts")
     }
 
     /// Waits until the page counts so many effects, and returns their ids: the page's ledger and the server's say

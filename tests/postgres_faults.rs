@@ -421,6 +421,10 @@ async fn a_server_that_became_read_only_answers_nothing_and_is_left() {
     };
     assert_eq!(said(refused), ("25006".to_owned(), StoreErrorKind::Unavailable));
     let client = server.client().await;
+    // What stands leads to a server that may never write again; the next connection may find another one.
+    let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tower-idempotency'";
+    let gone = async { while client.query_one(sessions, &[]).await.unwrap().get::<_, i64>(0) > 0 {} };
+    tokio::time::timeout(MINUTE, gone).await.expect("none is left");
     for sql in [
         "SET default_transaction_read_only = off",
         "ALTER SYSTEM RESET default_transaction_read_only",

@@ -480,6 +480,9 @@ async fn a_release_wakes_one_waiter_and_the_next_if_that_one_leaves_and_a_comple
     // It heard of it, and left without a claim: the record is still vacant, which is found out.
     drop(waiters.remove(0));
     waiters.remove(0).await;
+    for waiter in &mut waiters {
+        assert!(!is_ready(waiter.as_mut()).await, "one at a time");
+    }
     lease = match store.begin(&record, &claim()).await.unwrap() {
         Begin::Acquired(lease) => lease,
         other => panic!("{other:?}"),

@@ -4,15 +4,24 @@
 
 mod support;
 
+#[cfg(all(feature = "cached", feature = "encrypted"))]
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use http::StatusCode;
+#[cfg(all(feature = "cached", feature = "encrypted"))]
+use support::{
+    app::call,
+    bank::{Library, app, plain},
+};
 use support::{
     app::{gated, open, spawn},
     bank::{ACCOUNTS, BALANCE, BOTH, Bank, order},
     postgres::Postgres,
     serve::assert_replay,
 };
+#[cfg(all(feature = "cached", feature = "encrypted"))]
+use tower_idempotency::{AnyStore, Cached, Encrypted, KeyRing, SecretKey};
 use tower_idempotency::{Guarantee, IdempotencyLayer, KeySource, MemoryStore, Profile, Statuses};
 
 const MONEY: i64 = ACCOUNTS * BALANCE;
@@ -328,6 +337,36 @@ fn a_store_without_transactions_is_refused_for_a_route() {
 fn a_store_without_transactions_is_refused_for_a_profile() {
     let profile = Profile::new("own", |layer| layer.guarantee(Guarantee::Transactional));
     let _ = IdempotencyLayer::new(MemoryStore::new()).profile(profile);
+}
+
+/// What is in front of it has no transactions: it would have to take part in them.
+#[cfg(all(feature = "cached", feature = "encrypted"))]
+#[tokio::test]
+async fn a_store_behind_another_one_is_refused_and_its_answers_are_replayed_through_that_all_the_same() {
+    let bank = Bank::of(Library::TokioPostgres).await;
+    let secret = SecretKey::from_bytes([7; 32]);
+    let encrypted = Encrypted::open(bank.store.clone(), &secret, KeyRing::sealing(1, &secret)).await;
+    let behind = [
+        AnyStore::new(Cached::new(bank.store.clone())),
+        AnyStore::new(Cached::new(AnyStore::new(bank.store.clone()))),
+        AnyStore::new(encrypted.unwrap()),
+    ];
+    for store in behind {
+        let make = || drop(IdempotencyLayer::new(store).guarantee(Guarantee::Transactional));
+        let panic = catch_unwind(AssertUnwindSafe(make)).unwrap_err();
+        let words = panic.downcast_ref::<&str>().expect("words");
+        assert!(words.contains("needs a store that has transactions"), "{words}");
+    }
+    let any = IdempotencyLayer::new(AnyStore::new(bank.store.clone())).guarantee(Guarantee::Transactional);
+    let first = call(&app(&bank.control, any), order("k", 5, "")).await;
+    // Routes of another guarantee may have copies of the same records.
+    let cached = IdempotencyLayer::new(Cached::new(bank.store.clone()));
+    let other = open();
+    let node = plain(&other, cached);
+    for _ in 0..2 {
+        assert_replay(&first, &call(&node, order("k", 5, "")).await);
+    }
+    assert_eq!((other.runs(), bank.books().await), (0, (1, MONEY)));
 }
 
 #[tokio::test]

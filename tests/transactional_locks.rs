@@ -142,6 +142,60 @@ async fn a_key_beside_the_own_is_not_another_operations_because_one_lock_over_it
     }
 }
 
+/// What two requests share is claimed by one that waits for a third, and so does not run yet, and never will.
+#[tokio::test]
+async fn who_claims_some_of_its_keys_and_not_the_rest_refuses_nobody_for_good() {
+    let keys = || KeySource::header("idempotency-key").and_each("/units/*");
+    let order = |key: &str, amount: i64, units: &[&str]| {
+        let body = serde_json::json!({ "amount": amount, "then": "", "units": units });
+        let mut request = order(key, amount, "");
+        *request.body_mut() = body.to_string().into();
+        request
+    };
+    let beside = "SELECT id FROM idempotency_records WHERE algorithm = 4";
+    for library in BOTH {
+        let bank = Bank::with(library, open(), |layer| layer.key(keys())).await;
+        // Whichever is claimed last is somebody else's, who has not committed yet.
+        let mut ids = Vec::new();
+        for unit in ["1", "2"] {
+            assert_eq!(bank.ask(order(unit, 5, &[unit])).await.status, StatusCode::CREATED);
+            ids.push((bank.look::<Vec<u8>>(beside).await, unit));
+            bank.say("CREATE TABLE IF NOT EXISTS saved AS SELECT * FROM idempotency_records WHERE false")
+                .await;
+            bank.say("INSERT INTO saved SELECT * FROM idempotency_records; DELETE FROM idempotency_records")
+                .await;
+        }
+        ids.sort();
+        let [(_, shared), (last, taken)] = &ids[..] else {
+            panic!("two units")
+        };
+        let other = bank.client().await;
+        other.batch_execute("BEGIN").await.unwrap();
+        let again = "INSERT INTO idempotency_records SELECT * FROM saved WHERE id = $1";
+        other.execute(again, &[last]).await.unwrap();
+        let refused = spawn(&bank.app, order("k", 5, &[shared, taken]));
+        let waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                     AND wait_event_type = 'Lock'";
+        while bank.look::<i64>(waits).await == 0 {}
+        // Nor does its own key refuse another request.
+        let meeting = [
+            spawn(&bank.app, order("l", 5, &[shared])),
+            spawn(&bank.app, order("k", 6, &[])),
+        ];
+        // They have met it, or do so just now.
+        let meets = "SELECT count(DISTINCT virtualtransaction) FROM pg_locks WHERE locktype = 'advisory' \
+                     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+        while meeting.iter().all(|request| !request.is_finished()) && bank.look::<i64>(meets).await < 2 {}
+        other.batch_execute("COMMIT").await.unwrap();
+        let refused = refused.await.unwrap();
+        assert_eq!(refused.problem(), "idempotency-key-reused", "{library:?}");
+        for request in meeting {
+            assert_eq!(request.await.unwrap().status, StatusCode::CREATED, "{library:?}");
+        }
+        assert_eq!(bank.control.runs(), 4, "{library:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_request_that_will_not_run_claims_nothing_beside_its_own_key() {
     let keys = || KeySource::header("idempotency-key").and_each("/units/*");

@@ -132,6 +132,26 @@ async fn a_claim_of_another_guarantee_meets_a_transaction_in_bounded_time_and_ne
 }
 
 #[tokio::test]
+async fn a_store_that_waits_for_ever_waits_for_as_long_as_the_server_can() {
+    for library in BOTH {
+        let bank = Bank::of(library).await;
+        let builder = PostgresStore::builder().timeout(Duration::MAX);
+        let pool = support::postgres::pool(&bank.url(), 2);
+        let store = builder.connect_pool(pool).await.unwrap();
+        let store = match library {
+            Library::TokioPostgres => store,
+            Library::Sqlx => store.with_sqlx(support::bank::sqlx_pool(&bank.url(), 2)),
+        };
+        let node = app(
+            &bank.control,
+            IdempotencyLayer::new(store).guarantee(Guarantee::Transactional),
+        );
+        let answer = call(&node, order("k", 5, "")).await;
+        assert_eq!(answer.status, StatusCode::CREATED, "{library:?} {answer:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_claim_waits_no_longer_for_a_locked_table_than_the_store_does_and_the_handler_is_not_bound_by_that() {
     for library in BOTH {
         let bank = Bank::of(library).await;

@@ -79,6 +79,11 @@ impl Bank {
             .await?;
         Ok(row.get(0))
     }
+
+    pub async fn money(&self) -> Result<i64, PoolError> {
+        let sql = "SELECT coalesce(sum(balance), 0)::bigint FROM demo_accounts";
+        Ok(self.pool.get().await?.query_one(sql, &[]).await?.get(0))
+    }
 }
 
 async fn record(client: &impl GenericClient, effect: &Effect) -> Result<(), Error> {

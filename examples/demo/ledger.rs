@@ -110,4 +110,11 @@ impl Ledger {
         }
         Ok(self.effects.lock().unwrap_or_else(PoisonError::into_inner).len() as u64)
     }
+
+    /// What all accounts hold together, where there are any.
+    #[cfg(feature = "postgres")]
+    pub async fn money(&self) -> Option<io::Result<u64>> {
+        let money = self.bank.as_ref()?.money().await;
+        Some(money.map(i64::cast_unsigned).map_err(io::Error::other))
+    }
 }

@@ -54,6 +54,11 @@ pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
         let (name, help) = ("demo_effects_total", "Effects in the ledger.");
         metric(&mut text, name, help, "counter", effects);
     }
+    #[cfg(feature = "postgres")]
+    if let Some(Ok(money)) = app.ledger.money().await {
+        let (name, help) = ("demo_money", "What all accounts hold together, which never changes.");
+        metric(&mut text, name, help, "gauge", money);
+    }
     (
         [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
         text,

@@ -13,11 +13,12 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     /// If it is [`Guarantee::Transactional`] and the store has no transactions. It would be another guarantee, silently.
+    /// That is so for a `PostgresStore`, too, if another store stands in front of it.
     #[must_use]
     pub fn guarantee(self, guarantee: Guarantee) -> Self {
         assert!(
             guarantee != Guarantee::Transactional || self.shared.has_transactions(),
-            "Guarantee::Transactional needs a store that has transactions, such as PostgresStore"
+            "Guarantee::Transactional needs a store that has transactions: a PostgresStore with no other store in front of it"
         );
         self.set(|policy| policy.guarantee = guarantee)
     }

@@ -216,7 +216,8 @@ fn database_url(server: &Postgres, database: &str) -> String {
 }
 
 pub async fn store(library: Library, url: &str, pool: Pool) -> PostgresStore {
-    let store = PostgresStore::builder().timeout(PATIENCE);
+    // Nobody but the requests of a test uses its connections.
+    let store = PostgresStore::builder().timeout(PATIENCE).purge_every(None);
     let store = store.connect_pool(pool).await.expect("a store");
     match library {
         Library::TokioPostgres => store,

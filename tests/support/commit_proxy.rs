@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering::SeqCst},
     },
 };
 
@@ -31,6 +31,7 @@ type Next = dyn FnMut() -> Option<Cut> + Send;
 /// Passes bytes on to a server. Ends when it is dropped.
 pub struct CommitProxy {
     address: SocketAddr,
+    server: Arc<AtomicU16>,
     next: Arc<Mutex<Box<Next>>>,
     /// Whether new connections are refused from the next cut on.
     pub refuse_after_cut: Arc<AtomicBool>,
@@ -48,6 +49,8 @@ impl CommitProxy {
         let (refuse_after_cut, refuse): (Arc<AtomicBool>, Arc<AtomicBool>) = Default::default();
         let cuts = Arc::<AtomicUsize>::default();
         let sever = Arc::<Notify>::default();
+        let server = Arc::new(AtomicU16::new(port));
+        let leads_to = Arc::clone(&server);
         let mut connections = JoinSet::new();
         let pass = Passing {
             next: Arc::clone(&next),
@@ -63,7 +66,7 @@ impl CommitProxy {
                 if pass.refuse.load(SeqCst) {
                     continue;
                 }
-                let Ok(server) = TcpStream::connect(("127.0.0.1", port)).await else {
+                let Ok(server) = TcpStream::connect(("127.0.0.1", leads_to.load(SeqCst))).await else {
                     continue;
                 };
                 passing.spawn(pass.clone().pass(client, server));
@@ -71,6 +74,7 @@ impl CommitProxy {
         });
         Self {
             address,
+            server,
             next,
             refuse_after_cut,
             refuse,
@@ -82,6 +86,11 @@ impl CommitProxy {
 
     pub fn port(&self) -> u16 {
         self.address.port()
+    }
+
+    /// New connections lead to another server.
+    pub fn lead_to(&self, port: u16) {
+        self.server.store(port, SeqCst);
     }
 
     /// The next COMMIT meets this.

@@ -18,6 +18,8 @@ pub mod medium;
 pub mod midaspay;
 #[cfg(any(feature = "redis", feature = "postgres"))]
 pub mod nodes;
+#[cfg(any(feature = "redis", feature = "postgres"))]
+pub mod ports;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 #[cfg(any(feature = "redis", feature = "postgres"))]

@@ -49,7 +49,7 @@ impl Drop for Open {
 impl Source for ClientSource {
     type Connection = Open;
 
-    async fn begin(&self, claims: Vec<(Say, Say)>, later: &[&Arc<str>]) -> Result<(Open, Vec<Looked>), Failure> {
+    async fn begin(&self, flight: Vec<Say>, later: &[&Arc<str>]) -> Result<(Open, Vec<Looked>), Failure> {
         let open = self.open().await?;
         // Before the transaction: in one that has failed nothing can be prepared any more.
         for sql in later {
@@ -57,7 +57,7 @@ impl Source for ClientSource {
         }
         let flight: Vec<_> = [Say::Plain("BEGIN")]
             .into_iter()
-            .chain(claims.into_iter().flat_map(<[Say; 2]>::from))
+            .chain(flight)
             .chain([Say::Plain(SAVEPOINT)])
             .collect();
         let rows = match open.say(&flight).await {

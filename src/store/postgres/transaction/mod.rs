@@ -24,7 +24,7 @@ use self::{
     ends::{Ends, Waking},
     open::Open,
     say::{Failure, Say, Value},
-    statements::{Locks, TransactionStatements, held},
+    statements::{Locks, SEVERAL, TransactionStatements, held},
 };
 use super::{
     Inner, PostgresStore,
@@ -77,11 +77,11 @@ use extractor;
 pub(super) trait Source: Send + Sync + 'static {
     type Connection: Connection;
 
-    /// Begins, says this, and sets the savepoint: what each second one showed, which are the claims. What is said `later`
-    /// may be prepared.
+    /// Begins, says this, and sets the savepoint: what each second row showed, which are those of the claims. What is said
+    /// `later` may be prepared.
     fn begin(
         &self,
-        claims: Vec<(Say, Say)>,
+        flight: Vec<Say>,
         later: &[&Arc<str>],
     ) -> impl Future<Output = Result<(Self::Connection, Vec<Looked>), Failure>> + Send;
 
@@ -216,9 +216,7 @@ fn is_completed_by(row: &Row, lease: &Lease) -> bool {
 
 impl<S: Source> TableTransactions<S> {
     fn lock_timeout(&self) -> Value {
-        // The server counts no further.
-        let millis = self.lock_timeout.as_millis().clamp(1, i32::MAX as u128);
-        Value::from(format!("{millis}ms"))
+        lock_timeout(self.lock_timeout).into()
     }
 
     /// `None` if it has to be made again.
@@ -232,17 +230,26 @@ impl<S: Source> TableTransactions<S> {
             let mut values = named(id, claim, fingerprint);
             values.push(retention_micros(claim.retention).into());
             values.extend(Locks::of(&self.table, id, fingerprint).values());
-            (
+            [
                 Say::ask(&self.statements.bound, [self.lock_timeout()]),
                 Say::ask(&self.statements.claim, values),
-            )
+            ]
         });
-        let claims = claims.collect();
+        let mut flight: Vec<_> = claims.flatten().collect();
+        let has_all = (!others.is_empty()).then(|| {
+            let ids = records.iter().map(|(id, _)| id.as_bytes().to_vec()).collect();
+            let owner = claim.owner.as_bytes().into();
+            Say::ask(&self.statements.has_all, [Value::BytesList(ids), owner])
+        });
+        if let Some(has_all) = &has_all {
+            flight.insert(0, Say::Plain(SEVERAL));
+            flight.push(has_all.clone());
+        }
         let mut later = vec![&self.statements.complete, &self.statements.check];
         if !others.is_empty() {
             later.push(&self.statements.complete_others);
         }
-        let (connection, looked) = self.source.begin(claims, &later).await?;
+        let (connection, looked) = self.source.begin(flight, &later).await?;
         let lease = Lease::new(*id, claim.owner, 1);
         let mut open = Open::new(connection, lease, &self.statements, Waking::of(&self.ends, *id));
         let mut found = Vec::with_capacity(records.len());
@@ -264,7 +271,7 @@ impl<S: Source> TableTransactions<S> {
             open.has_claimed();
         }
         if !expired.is_empty() {
-            if !open.claim_expired(claim, expired).await? {
+            if !open.claim_expired(claim, expired, has_all).await? {
                 return open.give_up().await;
             }
         }
@@ -326,6 +333,12 @@ fn named(id: &RecordId, claim: &Claim, fingerprint: &Fingerprint) -> Vec<Value> 
     ]
 }
 
+/// Nothing would be for ever, and the server counts no further.
+fn lock_timeout(time: Duration) -> String {
+    let millis = time.as_millis().clamp(1, i32::MAX as u128);
+    format!("{millis}ms")
+}
+
 enum Looking {
     Found(Found),
     /// It counts as vacant, and nobody else has claimed it.
@@ -352,5 +365,21 @@ impl Looked {
             // No claim of this owner was ever committed.
             record::Found::Own => None,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_is_waited_for_in_milliseconds_never_for_ever_and_never_longer_than_the_server_counts() {
+        for (time, said) in [
+            (Duration::from_micros(900), "1ms"),
+            (Duration::from_millis(1500), "1500ms"),
+            (Duration::MAX, "2147483647ms"),
+        ] {
+            assert_eq!(lock_timeout(time), said);
+        }
     }
 }

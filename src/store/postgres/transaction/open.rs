@@ -64,6 +64,7 @@ impl<C: Connection> Open<C> {
         &mut self,
         claim: &Claim,
         expired: Vec<(&RecordId, &Fingerprint)>,
+        has_all: Option<Say>,
     ) -> Result<bool, StoreError> {
         let mut flight = vec![Say::Plain(RELEASE)];
         for (id, fingerprint) in expired {
@@ -71,6 +72,7 @@ impl<C: Connection> Open<C> {
             values.extend([Value::from(0_i64), retention_micros(claim.retention).into()]);
             flight.push(Say::ask(&self.statements.claim_expired, values));
         }
+        flight.extend(has_all);
         flight.push(Say::Plain(SAVEPOINT));
         let Some(mut connection) = self.slot.take_back() else {
             return Ok(false);

@@ -46,9 +46,8 @@ pub(in super::super) struct Open {
 impl Source for SqlxSource {
     type Connection = Open;
 
-    async fn begin(&self, claims: Vec<(Say, Say)>, _: &[&Arc<str>]) -> Result<(Open, Vec<Looked>), Failure> {
+    async fn begin(&self, mut flight: Vec<Say>, _: &[&Arc<str>]) -> Result<(Open, Vec<Looked>), Failure> {
         let open = self.open("BEGIN").await?;
-        let mut flight: Vec<_> = claims.into_iter().flat_map(<[Say; 2]>::from).collect();
         flight.push(Say::Plain(SAVEPOINT));
         let (open, rows) = open.say_or_roll_back(flight).await?;
         let looked = rows

@@ -9,6 +9,10 @@
 //! request. Whoever gets the first and not the second meets another one, or the same one while it lets go of its locks,
 //! which it does one after the other; the server's list of locks tells. What is committed already is answered without a
 //! lock.
+//!
+//! A request with several keys may get some of them and not the rest; then it does not run, and lets go. So it has a lock
+//! that says so from before its first claim on, and another one once it has all: to whoever meets its keys in between it
+//! is nobody yet.
 
 use std::sync::Arc;
 
@@ -28,6 +32,12 @@ pub(super) const SAVEPOINT: &str = "SAVEPOINT tower_idempotency";
 pub(super) const RELEASE: &str = "RELEASE SAVEPOINT tower_idempotency";
 pub(super) const UNDO: &str = "ROLLBACK TO SAVEPOINT tower_idempotency";
 
+/// Of the locks of those with several keys, which all of them share. Letters of a name: no lock over a record is likely to
+/// be the same.
+const SEVERAL_KEYS: i32 = i32::from_be_bytes(*b"keys");
+/// This transaction will claim several. No row.
+pub(super) const SEVERAL: &str = "SELECT 1 WHERE pg_try_advisory_xact_lock_shared(1801812339, 0) IS NULL";
+
 /// The statements for one table. As elsewhere, the text says the parameters' types.
 #[derive(Clone, Debug)]
 pub(crate) struct TransactionStatements {
@@ -45,7 +55,7 @@ pub(crate) struct TransactionStatements {
     /// `$1` and `$2` the first lock, `$3` how long to wait for those who hold none. Whether it was `got`.
     pub(super) try_first: Arc<str>,
     /// `$1` id, `$2` to `$4` the locks. One row: as of a claim, but nothing is claimed, and the second lock is `held` if
-    /// whoever holds it has a first lock of the same record for another fingerprint.
+    /// whoever holds it has a first lock of the same record for another fingerprint, and all that it wants to claim.
     pub(super) look: Arc<str>,
     /// `$1` id, `$2` owner, `$3` answer, `$4` checksum, `$5` retention. Fails with a division by zero if this transaction
     /// has not claimed the record, so that nothing of it is committed.
@@ -54,6 +64,8 @@ pub(crate) struct TransactionStatements {
     pub(super) complete_others: Arc<str>,
     /// `$1` id, `$2` owner. Fails as the completion does.
     pub(super) check: Arc<str>,
+    /// `$1` ids, `$2` owner. Lets others see that this transaction has claimed all of them, if it has. One row, of no use.
+    pub(super) has_all: Arc<str>,
     /// As for a plain claim.
     pub(super) claim_expired: Arc<str>,
     /// `$1` the second lock, `$2` how long to wait. Waits until the transaction that holds it is over, and has `got` it.
@@ -123,7 +135,10 @@ impl TransactionStatements {
                  SELECT CASE WHEN EXISTS (SELECT FROM locks AS second JOIN locks AS first USING (virtualtransaction) \
                  WHERE second.objsubid = 1 AND second.classid::bigint << 32 | second.objid::bigint = $4::bigint \
                  AND first.objsubid = 2 AND first.classid = $2::integer::oid AND first.objid <> $3::integer::oid \
-                 AND first.objid::bigint >> {REQUEST_BITS} = $3::integer::oid::bigint >> {REQUEST_BITS}) \
+                 AND first.objid::bigint >> {REQUEST_BITS} = $3::integer::oid::bigint >> {REQUEST_BITS} \
+                 AND (SELECT coalesce(max(keys.objid::bigint), 1) FROM locks AS keys \
+                 WHERE keys.virtualtransaction = second.virtualtransaction \
+                 AND keys.objsubid = 2 AND keys.classid = {SEVERAL_KEYS}::integer::oid) = 1) \
                  THEN 2 ELSE 0 END AS held, false AS claimed, found.* \
                  FROM (SELECT) AS one LEFT JOIN (SELECT {record} FROM {table} WHERE id = $1::bytea) AS found ON true"
             )
@@ -141,6 +156,11 @@ impl TransactionStatements {
             )
             .into(),
             check: format!("SELECT 1 / count(*) AS done FROM {table} WHERE id = $1::bytea AND {ours}").into(),
+            has_all: format!(
+                "SELECT CASE WHEN (SELECT count(*) FROM {table} WHERE id = ANY ($1::bytea[]) AND {ours}) \
+                 = cardinality($1::bytea[]) THEN pg_try_advisory_xact_lock_shared({SEVERAL_KEYS}, 1) END AS seen"
+            )
+            .into(),
             claim_expired: statements.claim_expired.as_str().into(),
             wait: format!(
                 "SELECT {bounded}, pg_advisory_xact_lock($1::bigint)::text, true AS got",
