@@ -64,7 +64,7 @@ async fn an_authorization_of_another_scheme_than_the_one_that_is_read_is_warned_
         (None, false),
         (Some(("authorization", "signed account=acme, nonce=secret")), false),
         (Some(("authorization", "Basic c2VjcmV0")), true),
-        (Some(("authorization", "Bearer secret")), false),
+        (Some(("authorization", "Digest secret")), false),
     ] {
         assert_eq!(is_warned_of(&layer, header, words).await, expected, "{header:?}");
     }
