@@ -7,7 +7,9 @@ mod support;
 use std::{
     convert::Infallible,
     future::ready,
+    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
 };
 
 use axum::{
@@ -20,7 +22,7 @@ use axum::{
 use bytes::Bytes;
 use futures_util::stream;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header};
-use http_body::Frame;
+use http_body::{Frame, SizeHint};
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper_util::rt::TokioIo;
 use tokio::{
@@ -30,7 +32,7 @@ use tokio::{
 };
 use tower::{ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
 use tower_http::limit::RequestBodyLimitLayer;
-use tower_idempotency::{Attempt, Guarantee, IdempotencyLayer, MemoryStore};
+use tower_idempotency::{Attempt, BufferedBody, Guarantee, IdempotencyLayer, MemoryStore, RequestBody};
 
 use crate::support::{
     http::{Answer, post as plain, send},
@@ -66,7 +68,99 @@ fn assert_not_kept(answer: &Answer, original: StatusCode) {
     assert!(!answer.is_replay());
 }
 
+/// A body that says of its length what it is told to.
+struct Says {
+    hint: SizeHint,
+    text: Option<&'static str>,
+}
+
+impl http_body::Body for Says {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(self.text.take().map(|text| Ok(Frame::data(Bytes::from(text)))))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.hint.clone()
+    }
+}
+
+/// The first answer and its retry, where the service answers with this body and four bytes may be kept.
+async fn saying(hint: SizeHint, text: &'static str) -> (Answer, Answer) {
+    let service =
+        ServiceBuilder::new()
+            .layer(layer().max_response_body(4))
+            .service_fn(move |_: Request<Full<Bytes>>| {
+                let (hint, text) = (hint.clone(), Some(text));
+                ready(Ok::<_, Infallible>(Response::new(Says { hint, text })))
+            });
+    let ask = async || {
+        let answer = service.clone().oneshot(keyed("/", "one", "")).await.unwrap();
+        whole(answer).await.unwrap()
+    };
+    (ask().await, ask().await)
+}
+
+#[tokio::test]
+async fn an_answer_of_another_length_than_it_said_is_an_unknown_outcome() {
+    for text in ["pai", "paid!"] {
+        let (first, retry) = saying(SizeHint::with_exact(4), text).await;
+        assert_eq!(
+            (first.status, retry.problem()),
+            (StatusCode::OK, "outcome-unknown".to_owned())
+        );
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_says_only_how_long_it_is_at_least_is_kept_up_to_the_limit() {
+    let at_least = |length| {
+        let mut hint = SizeHint::new();
+        hint.set_lower(length);
+        hint
+    };
+    for least in [0, 3, 4] {
+        let (first, retry) = saying(at_least(least), "paid").await;
+        assert_replay(&first, &retry);
+    }
+    for least in [0, 4, 5] {
+        let (first, retry) = saying(at_least(least), "paid!").await;
+        assert_eq!(first.body, "paid!");
+        assert_not_kept(&retry, StatusCode::OK);
+    }
+}
+
+/// What the inner service receives of a request with this body.
+async fn received<B>(body: B) -> Bytes
+where
+    B: RequestBody<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>> + std::fmt::Debug>
+        + Send
+        + 'static,
+{
+    let service = ServiceBuilder::new()
+        .layer(layer())
+        .service_fn(|request: Request<B>| async {
+            let body = request.into_body().collect().await.unwrap().to_bytes();
+            Ok::<_, Infallible>(Response::new(Full::new(body)))
+        });
+    let request = keyed("/", "one", "").map(|_: Full<Bytes>| body);
+    let answer = service.oneshot(request).await.unwrap();
+    answer.into_body().collect().await.unwrap().to_bytes()
+}
+
 // ---- requests
+
+#[tokio::test]
+async fn the_service_gets_its_own_type_of_body_with_the_same_bytes() {
+    let sent = || Full::new(Bytes::from("one two three"));
+    assert_eq!(received(sent()).await, "one two three");
+    assert_eq!(received(sent().boxed()).await, "one two three");
+    assert_eq!(received(sent().boxed_unsync()).await, "one two three");
+    let buffered = BufferedBody::new(Bytes::from("one two three"), None);
+    assert_eq!(received(buffered).await, "one two three");
+}
 
 #[tokio::test]
 async fn a_request_body_of_one_frame_is_not_copied() {

@@ -13,7 +13,10 @@ use std::{
 };
 
 use http::StatusCode;
-use support::app::{call, keyed, open, pay};
+use support::{
+    app::{call, keyed, open, pay},
+    steps::{assert_tells_of_a_change, complete, is_replay},
+};
 use tokio::time::{advance, sleep};
 use tower_idempotency::{
     AnyStore, Begin, Cached, Claim, Fingerprint, IdempotencyLayer, Lease, MemoryStore, Owner, RecordId, Retention,
@@ -240,6 +243,43 @@ async fn a_copy_of_a_copy_lives_no_longer_either() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_change_in_the_store_behind_is_told_of() {
+    assert_tells_of_a_change(&Cached::new(MemoryStore::new())).await;
+    assert_tells_of_a_change(&AnyStore::new(MemoryStore::new())).await;
+    assert_tells_of_a_change(&Arc::new(MemoryStore::new())).await;
+}
+
+#[tokio::test]
+async fn a_store_behind_others_is_still_asked_at_once_where_it_can_be() {
+    let is_there = |found| matches!(found, Some(Ok(Begin::Completed { .. })));
+    let memory = MemoryStore::new();
+    completed(&memory, 1, SECOND * 60).await;
+    assert!(is_there(AnyStore::new(memory.clone()).begin_at_once(&id(1), &claim())));
+    assert!(is_there(Arc::new(memory.clone()).begin_at_once(&id(1), &claim())));
+    assert!(is_there(Cached::new(memory).begin_at_once(&id(1), &claim())));
+}
+
+#[test]
+fn a_store_around_another_one_shows_which() {
+    let cached = format!("{:?}", Cached::builder(MemoryStore::new()).longest(SECOND * 7).build());
+    for part in ["Cached", "MemoryStore", "7s"] {
+        assert!(cached.contains(part), "{part} is not in {cached}");
+    }
+    assert!(format!("{:?}", AnyStore::new(MemoryStore::new())).contains("AnyStore"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn unless_it_is_set_a_copy_is_given_for_five_minutes() {
+    let remote = Remote::default();
+    let store = Cached::new(remote.clone());
+    completed(&store, 1, Retention::Forever).await;
+    for (minutes, claims) in [(0, 2), (4, 2), (1, 3)] {
+        advance(SECOND * 60 * minutes).await;
+        assert_eq!((look(&store, 1).await, remote.claims()), ("completed", claims));
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_store_is_asked_again_after_the_longest_time_of_a_copy() {
     let remote = Remote::default();
     let store = Cached::builder(remote.clone()).longest(SECOND * 2).build();
@@ -271,6 +311,11 @@ async fn copies_take_no_more_than_their_bytes() {
         completed(&store, number, SECOND * 60).await;
         assert_eq!(look(&store, number).await, "completed");
     }
+    let one = Cached::new(MemoryStore::new());
+    complete(&one, &acquire(&one, 1).await, 10_000).await;
+    assert_eq!(one.bytes(), 0, "it was not asked for");
+    assert!(is_replay(&one.begin(&id(1), &claim()).await.unwrap(), 10_000));
+    assert!((10_000..11_000).contains(&one.bytes()), "{} bytes", one.bytes());
     assert!(store.bytes() <= 20_000, "{} bytes are copied", store.bytes());
     assert!(store.bytes() > 10_000, "only {} bytes are copied", store.bytes());
 }

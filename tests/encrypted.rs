@@ -22,6 +22,7 @@ use support::{
     faulty::{Fault, FaultyStore, Op},
     http::Answer,
     log::Log,
+    steps::assert_tells_of_a_change,
 };
 use tokio::time::advance;
 use tower_idempotency::{
@@ -484,6 +485,11 @@ async fn the_log_says_which_key_an_answer_was_sealed_with_and_shows_none() {
     for secret in ["abab", "cdcd", "c1c1", "the-clients-key"] {
         assert!(log.lines(secret).is_empty(), "{}", log.text());
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_in_the_store_behind_is_told_of() {
+    assert_tells_of_a_change(&opened(MemoryStore::new()).await).await;
 }
 
 // ---- one look-up secret

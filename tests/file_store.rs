@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 use support::{
     app::{call, gated, keyed, open, pay, spawn},
     medium::{Failing, TestClock},
+    steps::assert_tells_of_a_change,
 };
 use tempfile::TempDir;
 use tokio::{
@@ -90,6 +91,29 @@ async fn the_file_store_keeps_the_contract_in_a_file_that_was_opened_again() {
     let (_directory, path) = directory();
     let open = Mutex::default();
     testing::check(&Reopened { path, open }).await.assert();
+}
+
+#[tokio::test]
+async fn a_change_is_told_of() {
+    let (_directory, path) = directory();
+    assert_tells_of_a_change(&FileStore::open(path).await.unwrap()).await;
+}
+
+#[tokio::test]
+async fn what_was_just_answered_is_replayed_at_once() {
+    let (_directory, path) = directory();
+    let store = FileStore::open(&path).await.unwrap();
+    assert!(store.is_empty());
+    let lease = acquire(&store, 1).await;
+    assert!(!store.is_empty());
+    store.complete(&lease, &response(4), Retention::For(DAY)).await.unwrap();
+    let found = store.begin_at_once(&id(1), &claim());
+    assert!(matches!(found, Some(Ok(Begin::Completed { .. }))), "{found:?}");
+    let shown = format!("{store:?}");
+    assert!(
+        shown.contains("FileStore") && shown.contains("failed: false"),
+        "{shown}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

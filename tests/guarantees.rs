@@ -211,6 +211,7 @@ async fn at_most_once_a_lease_that_ran_out_may_still_be_completed_by_its_owner()
 async fn a_handler_learns_its_key_and_its_attempt() {
     async fn handler(attempt: Attempt, key: IdempotencyKey) -> String {
         assert_eq!(attempt.key(), &key);
+        assert_eq!(format!("{key:?}"), "IdempotencyKey(..)");
         assert_eq!(attempt.number(), attempt.fence());
         format!("{} {}", key.as_str(), attempt.number())
     }

@@ -3,11 +3,14 @@
 use axum::body::Body;
 use http::{Request, StatusCode};
 use serde_json::json;
-use tower_idempotency::{IdempotencyLayer, MemoryStore, Profile};
+use tower_idempotency::{IdempotencyLayer, Keep, MemoryStore, Profile, StoreErrorKind};
 
 use crate::{
     bench::{Bench, hours, post},
-    support::app::{anywhere, call, open},
+    support::{
+        app::{anywhere, call, open, spawn},
+        faulty::{Fault, FaultyStore, Op},
+    },
 };
 
 const ID: &str = "0a4c5de0-0000-4000-8000-00000000000a";
@@ -84,6 +87,28 @@ async fn a_request_that_is_still_running_is_aborted() {
     assert_eq!(answer.status, StatusCode::CONFLICT);
     let error = &answer.json()["error"];
     assert_eq!((&error["code"], &error["status"]), (&409.into(), &"ABORTED".into()));
+}
+
+#[tokio::test]
+async fn what_cannot_be_answered_any_more_has_codes_of_its_own() {
+    let not_kept = aip();
+    not_kept.says(201, Some(Keep::OnlyTheFact));
+    assert_eq!(not_kept.pay(ID, "1").await.status, StatusCode::CREATED);
+    assert_eq!(not_kept.pay(ID, "1").await.json()["error"]["status"], "ALREADY_EXISTS");
+    let store = FaultyStore::default();
+    let app = anywhere(
+        &open(),
+        IdempotencyLayer::new(store.clone()).profile(Profile::aip_155()),
+    );
+    store.fail(Op::Begin, [Fault::Error(StoreErrorKind::Corrupt)]);
+    let unreadable = call(&app, by_member(ID, "1")).await;
+    assert_eq!(unreadable.json()["error"]["status"], "DATA_LOSS");
+    store.fail(Op::Complete, [Fault::Panic]);
+    assert!(spawn(&app, by_member(ID, "1")).await.unwrap_err().is_panic());
+    tokio::task::yield_now().await;
+    let unknown = call(&app, by_member(ID, "1")).await;
+    assert_eq!(unknown.json()["error"]["status"], "FAILED_PRECONDITION");
+    assert_eq!(format!("{:?}", Profile::aip_155()), r#"Profile("AIP-155")"#);
 }
 
 #[tokio::test]

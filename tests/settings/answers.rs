@@ -5,12 +5,12 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, StatusCode};
+use http::{HeaderName, HeaderValue, Method, StatusCode};
 use tower_idempotency::{IdempotencyLayer, Keep, KeySource, key_rules};
 
 use crate::{
     layer,
-    support::app::{answering, call, gated, keyed, open, pay, spawn, to_pay},
+    support::app::{answering, anywhere_answering, call, gated, keyed, open, pay, request, spawn, to_pay},
 };
 
 fn json(status: StatusCode) -> Response {
@@ -77,6 +77,18 @@ async fn a_replay_may_be_made_out_of_the_first_answer_and_the_duplicate() {
         assert_eq!(replay.header("link"), Some("/payments/7"));
         assert_eq!(replay.header("content-type"), None, "what it leaves out is gone");
         assert!(replay.is_replay(), "the marker is added");
+    }
+}
+
+#[tokio::test]
+async fn a_replay_without_a_body_announces_the_length_that_the_first_one_did() {
+    let (_, layer) = layer();
+    let layer = layer.methods([Method::HEAD]).replay_as(|first, _| first);
+    let app = anywhere_answering(&open(), layer, |_, _, _| [("content-length", "4")].into_response());
+    for is_replay in [false, true] {
+        let answer = call(&app, request("HEAD", "/pay", &[("idempotency-key", "k")], "")).await;
+        assert_eq!(answer.is_replay(), is_replay);
+        assert_eq!(answer.header("content-length"), Some("4"));
     }
 }
 

@@ -1,10 +1,12 @@
 //! Requests that carry no key.
 
-use std::time::Duration;
+use std::{convert::Infallible, time::Duration};
 
-use axum::response::IntoResponse;
+use axum::{Router, body::Body, response::IntoResponse};
+use bytes::Bytes;
+use futures_util::stream;
 use http::{HeaderName, StatusCode};
-use tokio::time::advance;
+use tokio::time::{advance, timeout};
 use tower_idempotency::{Concurrent, Fingerprinter, KeySource, RejectionKind, Scope, WithoutKey};
 
 use crate::{
@@ -233,6 +235,20 @@ async fn a_key_that_is_missing_in_the_body_may_be_derived_too() {
         assert_eq!(call(&app, to_pay(&[], body)).await.problem(), "duplicate-request");
     }
     assert_eq!(control.runs(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_a_closure_finds_no_key_a_request_passes_before_its_body_is_there() {
+    let (store, layer) = layer();
+    let layer = layer.key(KeySource::parts(|_| None));
+    let first_sent = HeaderName::from_static("x-first-sent");
+    for layer in [layer.clone(), layer.first_sent(first_sent, Duration::ZERO)] {
+        let app = Router::new().fallback(async || "passed").layer(layer);
+        let endless = Body::from_stream(stream::pending::<Result<Bytes, Infallible>>());
+        let answer = timeout(Duration::from_secs(60), call(&app, to_pay(&[], endless))).await;
+        assert_eq!(answer.expect("an answer").body, "passed");
+    }
+    assert_eq!(store.len(), 0);
 }
 
 #[tokio::test]

@@ -86,3 +86,14 @@ pub async fn listening<S: Store>(store: &S, number: u32) -> Listener<'_> {
 pub async fn is_ready(listener: &mut Listener<'_>) -> bool {
     poll_fn(|cx| Poll::Ready(listener.as_mut().poll(cx).is_ready())).await
 }
+
+/// Whoever waits for a change hears of it, and of nothing before.
+pub async fn assert_tells_of_a_change(store: &impl Store) {
+    let lease = acquire(store, 77).await;
+    let id = id(77);
+    let mut changed = std::pin::pin!(store.changed(&id));
+    let poll = poll_fn(|cx| Poll::Ready(changed.as_mut().poll(cx))).await;
+    assert!(poll.is_pending(), "nothing has changed");
+    complete(store, &lease, 4).await;
+    changed.await;
+}
