@@ -10,6 +10,8 @@
 //! other: the server's processes tell their counts late, but for those that end.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../tests/support/ports.rs"]
+mod ports;
 #[path = "../tests/support/postgres.rs"]
 #[allow(dead_code, reason = "the tests use more of it")]
 mod postgres;

@@ -143,8 +143,8 @@ mod tests {
     fn a_set_holds_what_was_put_in_and_nothing_else() {
         let set = Statuses::class(4)
             .or(&Statuses::success())
-            .with([StatusCode::BAD_GATEWAY])
-            .without([StatusCode::CONFLICT]);
+            .with([StatusCode::BAD_GATEWAY, StatusCode::OK, StatusCode::BAD_GATEWAY])
+            .without([StatusCode::CONFLICT, StatusCode::CONFLICT]);
         assert_eq!(format!("{set:?}"), "Statuses(200-299, 400-408, 410-499, 502)");
         for status in (100..1000).filter_map(|code| StatusCode::from_u16(code).ok()) {
             let code = status.as_u16();

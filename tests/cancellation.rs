@@ -18,6 +18,7 @@ use http_body_util::{BodyExt, StreamBody};
 use support::{
     app::{call, gated, keyed, open, pay, spawn},
     faulty::{Fault, FaultyStore, Op},
+    log::subscribe,
 };
 use tokio::sync::mpsc;
 use tower::{Layer, Service, ServiceExt, service_fn};
@@ -157,8 +158,7 @@ async fn a_panic_is_stored_even_if_the_client_left_before_it() {
 #[tokio::test]
 async fn the_span_of_a_request_goes_with_its_work() {
     let seen = Arc::new(Mutex::new(Vec::new()));
-    let subscriber = tracing_subscriber::registry();
-    let _guard = tracing::subscriber::set_default(subscriber);
+    let _guard = subscribe(tracing_subscriber::registry());
     let control = gated();
     let service = {
         let (seen, control) = (Arc::clone(&seen), control.clone());

@@ -841,6 +841,63 @@ async fn a_damaged_page_that_a_reader_meets_fails_nobody_but_who_asked_for_it() 
 }
 
 #[tokio::test]
+async fn a_store_whose_reader_met_a_damaged_page_is_closed_with_nothing_left_to_do() {
+    let (medium, clock) = seven_is_damaged().await;
+    let store = open(&medium, &clock).await.unwrap();
+    let lease = acquire(&store, 100).await.unwrap();
+    store
+        .complete(&lease, &response(100, 1000), Retention::Forever)
+        .await
+        .unwrap();
+    // Nobody writes at this moment, so a reader looks.
+    assert!(store.begin(&id(7), &claim()).await.is_err());
+    store.close().await;
+    let reads = medium.reads();
+    let store = open(&medium, &clock).await.unwrap();
+    let opened_with = medium.reads() - reads;
+    assert!(is_completed(&store, 100, &response(100, 1000)).await);
+    store.close().await;
+    let reads = medium.reads();
+    let store = open(&medium, &clock).await.unwrap();
+    assert_eq!(medium.reads() - reads, opened_with, "as after a close without damage");
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_damaged_page_of_the_order_of_the_purge_hides_no_record() {
+    const RECORDS: u64 = 300;
+    let clock = TestClock::new();
+    let medium = with_a_short_journal(&clock).await;
+    let store = open(&medium, &clock).await.unwrap();
+    for number in 0..RECORDS {
+        clock.pass(Duration::from_secs(1));
+        let lease = acquire(&store, number).await.unwrap();
+        let keep = Retention::For(DAY);
+        store.complete(&lease, &response(number, 10), keep).await.unwrap();
+    }
+    store.close().await;
+    medium.change(|bytes| {
+        // Its keys are a time and an id, so 40 bytes lie between the ends of an id and of the next one.
+        let last = [1, 2].map(|before| *id(RECORDS - before).as_bytes());
+        let places: Vec<_> = (40..bytes.len() - 32)
+            .filter(|at| bytes[*at..].starts_with(&last[0]) && bytes[..at - 8].ends_with(&last[1]))
+            .collect();
+        assert!(!places.is_empty(), "they are in the file");
+        places.iter().for_each(|at| bytes[*at - 1] ^= 1);
+    });
+    let store = open(&medium, &clock).await.unwrap();
+    for _ in 0..2 {
+        // A new one has its place in that page. It is not blamed for the damage: it has no record yet.
+        let error = store.begin(&id(RECORDS), &claim()).await.unwrap_err();
+        assert!(said(&error).contains("and is opened again"), "{}", said(&error));
+        for number in 0..RECORDS {
+            let replay = is_completed(&store, number, &response(number, 10)).await;
+            assert!(replay, "{number} is hidden");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_verified_opening_finds_a_flipped_bit_anywhere() {
     let (medium, clock) = (Failing::default(), TestClock::new());
     let builder = FileStore::builder("simulated").medium(medium.clone());

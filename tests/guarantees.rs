@@ -222,6 +222,22 @@ async fn a_handler_learns_its_key_and_its_attempt() {
 }
 
 #[tokio::test]
+async fn the_number_of_an_attempt_is_its_fence() {
+    let layer = IdempotencyLayer::new(MemoryStore::new()).guarantee(Guarantee::AtLeastOnce);
+    let handler = async |attempt: Attempt| {
+        assert!(attempt.number() > 2, "attempts one and two are lost");
+        format!("{} {}", attempt.number(), attempt.fence())
+    };
+    let app = axum::Router::new()
+        .route("/pay", axum::routing::post(handler))
+        .layer(layer);
+    for _ in 0..2 {
+        assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
+    }
+    assert_eq!(call(&app, keyed("k", "a")).await.body, "3 3");
+}
+
+#[tokio::test]
 async fn an_extractor_without_a_key_says_what_is_missing_and_an_option_says_nothing() {
     async fn required(_: Attempt) {}
     async fn optional(attempt: Option<Attempt>, key: Option<IdempotencyKey>) -> String {
@@ -235,7 +251,15 @@ async fn an_extractor_without_a_key_says_what_is_missing_and_an_option_says_noth
         call(&app, post("/required")).await.status,
         StatusCode::INTERNAL_SERVER_ERROR
     );
+    let said = call(&app, post("/required")).await.body;
+    assert!(said.starts_with(b"no idempotency attempt: "), "{said:?}");
     assert_eq!(call(&app, post("/optional")).await.body, "false false");
+    let protected = app.layer(IdempotencyLayer::new(MemoryStore::new()));
+    let keyed = Request::post("/optional").header("idempotency-key", "k");
+    assert_eq!(
+        call(&protected, keyed.body(Body::empty()).unwrap()).await.body,
+        "true true"
+    );
 }
 
 #[tokio::test]

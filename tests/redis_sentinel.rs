@@ -119,15 +119,18 @@ async fn pair(options: &[&str]) -> (Redis, Redis) {
     (primary, replica)
 }
 
+/// More than a busy disk takes for what a replica is to acknowledge.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 async fn waiting(primary: &Redis, within: Duration) -> RedisStore {
-    let builder = RedisStore::builder().wait_for_replicas(1, within);
+    let builder = RedisStore::builder().timeout(PATIENCE * 2).wait_for_replicas(1, within);
     builder.connect(&primary.url()).await.unwrap()
 }
 
 #[tokio::test]
 async fn what_a_replica_acknowledged_is_there_when_it_is_promoted() {
     let (mut primary, replica) = pair(&[]).await;
-    let store = waiting(&primary, Duration::from_millis(900)).await;
+    let store = waiting(&primary, PATIENCE).await;
     for number in 0..20 {
         let lease = acquire(&store, number).await;
         if number % 2 == 0 {
@@ -149,9 +152,11 @@ async fn what_a_replica_acknowledged_is_there_when_it_is_promoted() {
 #[tokio::test]
 async fn without_enough_replicas_nothing_is_granted_and_nothing_is_done() {
     let (primary, replica) = pair(&[]).await;
+    // As long as a busy disk may take; and for what cannot succeed.
+    let patient = waiting(&primary, PATIENCE).await;
     let store = waiting(&primary, Duration::from_millis(100)).await;
-    let (first, second) = (acquire(&store, 1).await, acquire(&store, 2).await);
-    complete(&store, &second, 10).await;
+    let (first, second) = (acquire(&patient, 1).await, acquire(&patient, 2).await);
+    complete(&patient, &second, 10).await;
     replica.pause();
     let own = claim();
     assert_eq!(kind(store.begin(&id(3), &own).await), StoreErrorKind::Unavailable);
@@ -177,16 +182,22 @@ async fn without_enough_replicas_nothing_is_granted_and_nothing_is_done() {
         }
     };
     assert_eq!(again, Lease::new(id(3), own.owner, 1));
-    store.complete(&first, &kept(10), MINUTE.into()).await.unwrap();
+    patient.complete(&first, &kept(10), MINUTE.into()).await.unwrap();
 }
 
 #[tokio::test]
 async fn no_handler_runs_under_a_claim_that_too_few_replicas_have() {
     let (primary, replica) = pair(&[]).await;
     let control = open();
-    let store = waiting(&primary, Duration::from_millis(50)).await;
-    let app = pay(&control, IdempotencyLayer::new(store));
-    assert_eq!(call(&app, keyed("first", "a")).await.status, StatusCode::CREATED);
+    let patient = pay(
+        &control,
+        IdempotencyLayer::new(waiting(&primary, PATIENCE).await).store_timeout(PATIENCE * 2),
+    );
+    let app = pay(
+        &control,
+        IdempotencyLayer::new(waiting(&primary, Duration::from_millis(50)).await),
+    );
+    assert_eq!(call(&patient, keyed("first", "a")).await.status, StatusCode::CREATED);
     replica.pause();
     let refused = call(&app, keyed("second", "a")).await;
     assert_eq!(refused.problem(), "store-unavailable");

@@ -5,7 +5,8 @@
 mod support;
 
 use support::{
-    redis::{Redis, free_port},
+    ports::free_port,
+    redis::Redis,
     redis_tls::Authority,
     steps::{MINUTE, acquire, complete, id, is_replay, kind, listening, until_back},
 };

@@ -16,12 +16,12 @@ use bytes::Bytes;
 use http::{HeaderValue, Request, Response, StatusCode};
 use sha2::{Digest, Sha256};
 use support::{
-    app::{Control, answering, call, gated, keyed, open, pay, spawn},
+    app::{Control, answering, call, gated, keyed, open, pay, spawn, to_pay},
     faulty::{Fault, FaultyStore, Op},
 };
 use tower_idempotency::{
-    Begin, Claim, Concurrent, Fingerprint, Guarantee, IdempotencyLayer, Lease, MemoryStore, Owner, RecordId, Retention,
-    Store, StoreError, StoreErrorKind, StoredResponse,
+    Begin, Claim, Concurrent, Fingerprint, Guarantee, IdempotencyLayer, KeySource, Lease, MemoryStore, Owner, RecordId,
+    Retention, Store, StoreError, StoreErrorKind, StoredResponse,
 };
 
 /// The endings of attempts go on to the store in this field, for stores of a test's making that change only how attempts
@@ -523,6 +523,46 @@ async fn a_store_that_takes_nothing_over_is_not_asked_for_ever() {
     let control = open();
     let layer = IdempotencyLayer::new(Stubborn::default()).guarantee(Guarantee::AtLeastOnce);
     let answer = call(&pay(&control, layer), keyed("k", "a")).await;
+    assert_eq!((&*answer.problem(), control.runs()), ("store-unavailable", 0));
+}
+
+/// As above, for every record that is claimed beside the first.
+#[derive(Clone, Default)]
+struct StubbornBeside {
+    memory: MemoryStore,
+    beside: Stubborn,
+    begun: Arc<AtomicUsize>,
+}
+
+impl Store for StubbornBeside {
+    async fn begin(&self, id: &RecordId, mine: &Claim) -> Result<Begin, StoreError> {
+        match self.begun.fetch_add(1, SeqCst) {
+            0 => self.memory.begin(id, mine).await,
+            _ => self.beside.begin(id, mine).await,
+        }
+    }
+    async fn complete(&self, lease: &Lease, response: &StoredResponse, keep: Retention) -> Result<(), StoreError> {
+        self.memory.complete(lease, response, keep).await
+    }
+    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+        self.memory.renew(lease, length).await
+    }
+    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.memory.release(lease).await
+    }
+    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.memory.abandon(lease).await
+    }
+    async fn changed(&self, _: &RecordId) {}
+}
+
+#[tokio::test]
+async fn a_store_that_takes_no_key_beside_over_is_not_asked_for_ever() {
+    let control = open();
+    let layer = IdempotencyLayer::new(StubbornBeside::default())
+        .key(KeySource::body("/id").and_each("/units/*"))
+        .guarantee(Guarantee::AtLeastOnce);
+    let answer = call(&pay(&control, layer), to_pay(&[], r#"{"id":"a","units":["u"]}"#)).await;
     assert_eq!((&*answer.problem(), control.runs()), ("store-unavailable", 0));
 }
 

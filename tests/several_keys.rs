@@ -216,6 +216,37 @@ async fn an_attempt_that_was_taken_over_ends_nothing_of_its_successors() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn after_slow_claims_nothing_runs_unless_the_operations_own_record_is_still_held() {
+    for (renewals, problem) in [
+        (Fault::Error(StoreErrorKind::Fenced), "request-in-progress"),
+        (Fault::Error(StoreErrorKind::Unavailable), "store-unavailable"),
+    ] {
+        let store = FaultyStore::default();
+        let control = open();
+        let app = pay(&control, layer(&store).lease(Duration::from_secs(4)));
+        store.fail(Op::Renew, [renewals; 100]);
+        store.fail(Op::Begin, [Fault::Pass, Fault::BlackHole]);
+        refused(&send(&app, "a", &["u1"]).await, problem);
+        assert_eq!(control.runs(), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_that_a_lost_attempt_still_holds_is_waited_for_by_its_successor() {
+    let store = FaultyStore::default();
+    let control = gated();
+    let app = pay(&control, layer(&store).guarantee(Guarantee::AtLeastOnce));
+    let first = spawn(&app, order("a", &["u1"]));
+    control.entered().await;
+    // The operation's own record is not renewed, the other one is.
+    store.fail(Op::Renew, [DOWN, Fault::Pass].repeat(100));
+    sleep(Duration::from_secs(61)).await;
+    refused(&send(&app, "a", &["u1"]).await, "request-in-progress");
+    control.let_go();
+    ran(&first.await.unwrap());
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_attempt_that_was_lost_between_two_claims_does_not_run() {
     // The node learns of its loss by its own renewals, or only when it asks.
     for renewals in [30, 1000] {

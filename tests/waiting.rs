@@ -46,6 +46,17 @@ async fn first_and_waiters(
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_wait_that_no_clock_can_count_is_as_long_as_the_handler_takes() {
+    let layer = IdempotencyLayer::new(MemoryStore::new()).on_concurrent(Concurrent::Wait(Duration::MAX));
+    let control = gated();
+    let (_, first, mut others) = first_and_waiters(&layer, &control, 1).await;
+    tokio::time::sleep(Duration::from_secs(3 * 3600)).await;
+    control.let_go();
+    assert!(!first.await.unwrap().is_replay());
+    assert!(others.remove(0).await.unwrap().is_replay());
+}
+
+#[tokio::test(start_paused = true)]
 async fn waiters_get_the_first_ones_answer_as_soon_as_it_is_there() {
     let layer = waiting(MemoryStore::new());
     let control = gated();

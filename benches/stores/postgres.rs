@@ -18,6 +18,8 @@ use crate::{
     work::{NEXT, claim, cycle, id, replay},
 };
 
+#[path = "../../tests/support/ports.rs"]
+mod ports;
 #[path = "../../tests/support/postgres.rs"]
 #[allow(dead_code, reason = "tests use the rest")]
 mod server;

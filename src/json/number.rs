@@ -98,6 +98,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_number_has_no_value() {
+        for written in [
+            "", "-", ".", "e5", "abc", "1x", "1e", "1ex", "0x1f", "NaN", "Infinity", "--1",
+        ] {
+            assert_eq!(Decimal::parse(written), None, "{written:?}");
+            assert!(!is_in_range(written) || is_short(written), "{written:?}");
+        }
+        assert!(!is_in_range(""));
+    }
+
+    /// Fingerprints are made of it, and stored ones are compared with: it never changes.
+    #[test]
+    fn an_exact_value_is_written_in_one_way() {
+        for (written, expected) in [
+            ("9007199254740993", "9007199254740993e0"),
+            ("9007199254740993.0", "9007199254740993e0"),
+            ("-90071992547409930", "-9007199254740993e1"),
+            ("0.1000000000000000055", "1000000000000000055e-19"),
+        ] {
+            assert_eq!(beyond_double(written).as_deref(), Some(expected));
+        }
+    }
+
+    #[test]
     fn only_what_a_double_does_not_say_is_kept_apart() {
         for plain in [
             "0",

@@ -285,6 +285,19 @@ mod tests {
     }
 
     #[test]
+    fn the_length_of_a_key_is_counted_in_characters() {
+        let rules = KeyRules {
+            max_length: 4,
+            rule: Arc::new(any_text),
+            ..KeyRules::default()
+        };
+        for key in ["abcd", "éééé", "日本語ね", "🔑🔑🔑🔑"] {
+            assert!(rules.check(key).is_ok(), "{key}");
+            assert!(rules.check(&format!("{key}x")).is_err(), "{key}x");
+        }
+    }
+
+    #[test]
     fn keys_that_mean_something_elsewhere_are_only_characters_here() {
         for value in ["x{1}y", "*", ":", "';DROP", "a,b", "a;x=1", "a:b", &"k".repeat(255)] {
             assert_eq!(lenient(value.as_bytes()), Ok(value.to_owned()));

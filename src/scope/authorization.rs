@@ -96,6 +96,8 @@ mod tests {
         for header in [
             "TXGW-SHA256-RSA2048",
             "TXGW-SHA256-RSA2048 nonsense",
+            "TXGW-SHA256-RSA2048 a b=1,auth_id=m1",
+            "TXGW-SHA256-RSA2048 =1,auth_id=m1",
             r#"TXGW-SHA256-RSA2048 auth_id="""#,
             r#"TXGW-SHA256-RSA2048 auth_id="m1",auth_id="m2""#,
             r#"TXGW-SHA256-RSA2048 auth_id="m1",AUTH_ID="m1""#,

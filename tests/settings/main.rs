@@ -14,6 +14,7 @@ mod refusals;
 mod routes;
 mod scope;
 mod several_keys;
+mod shown;
 mod without_key;
 
 use tower_idempotency::{IdempotencyLayer, MemoryStore};

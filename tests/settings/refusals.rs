@@ -1,10 +1,6 @@
 //! Refusals in an API's own form.
 
-use std::{
-    collections::HashSet,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{collections::HashSet, time::Duration};
 
 use axum::Router;
 use bytes::Bytes;
@@ -15,7 +11,10 @@ use tower_idempotency::{IdempotencyLayer, Keep, Rejection, RejectionFormat, Reje
 
 use crate::{
     layer,
-    support::app::{answering, call, keyed, open, pay, to_pay},
+    support::{
+        app::{answering, call, keyed, open, pay, to_pay},
+        log::Log,
+    },
 };
 
 const ALL: &str = concat!(
@@ -155,44 +154,6 @@ async fn a_hook_goes_before_every_form() {
 }
 
 // ---- the debug id
-
-/// The fields of every event, as text.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl std::io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Log {
-    /// Of everything that happens on this thread until the guard is dropped.
-    fn start() -> (Self, tracing::subscriber::DefaultGuard) {
-        let log = Self::default();
-        let writer = log.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .with_ansi(false)
-            .with_max_level(tracing::Level::INFO)
-            .with_writer(move || writer.clone())
-            .finish();
-        (log, tracing::subscriber::set_default(subscriber))
-    }
-
-    /// The lines that name this id.
-    fn lines(&self, id: &str) -> Vec<String> {
-        let log = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
-        log.lines()
-            .filter(|line| line.contains(id))
-            .map(str::to_owned)
-            .collect()
-    }
-}
 
 async fn assert_in_the_log(app: &Router, log: &Log, ids: &mut HashSet<String>) {
     for (request, reason) in [

@@ -12,11 +12,14 @@ pub mod demo;
 pub mod dice;
 pub mod faulty;
 pub mod http;
+pub mod log;
 #[cfg(all(feature = "file", feature = "testing"))]
 pub mod medium;
 pub mod midaspay;
 #[cfg(any(feature = "redis", feature = "postgres"))]
 pub mod nodes;
+#[cfg(any(feature = "redis", feature = "postgres"))]
+pub mod ports;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 #[cfg(any(feature = "redis", feature = "postgres"))]

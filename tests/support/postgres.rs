@@ -3,7 +3,6 @@
 use std::{
     env, fs,
     io::{BufRead, BufReader},
-    net::TcpListener,
     os::unix::{fs::MetadataExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -13,6 +12,8 @@ use std::{
 use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls, types::FromSqlOwned};
+
+use super::ports::free_port;
 
 /// A running server with a folder of its own, killed when it is dropped.
 pub struct Postgres {
@@ -401,9 +402,4 @@ fn stop(processes: &[u32]) {
             std::thread::yield_now();
         }
     }
-}
-
-pub fn free_port() -> u16 {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
-    listener.local_addr().expect("it is bound").port()
 }

@@ -2,12 +2,13 @@
 
 use std::{
     io::{BufRead, BufReader},
-    net::TcpListener,
     process::{Child, Command, Stdio},
 };
 
 use redis::{Value, aio::MultiplexedConnection};
 use tempfile::TempDir;
+
+use super::ports::free_port;
 
 /// A running server with a folder of its own, killed when it is dropped.
 pub struct Redis {
@@ -141,9 +142,4 @@ impl Drop for Redis {
             let _ = process.wait();
         }
     }
-}
-
-pub fn free_port() -> u16 {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
-    listener.local_addr().expect("it is bound").port()
 }

@@ -2,7 +2,7 @@
 
 use std::{thread::yield_now, time::Duration};
 
-use super::redis::{Redis, free_port};
+use super::{ports::free_port, redis::Redis};
 
 /// Servers that share the slots evenly.
 pub struct Cluster {

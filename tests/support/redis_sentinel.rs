@@ -8,7 +8,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use super::redis::{Redis, free_port};
+use super::{ports::free_port, redis::Redis};
 
 pub const SERVICE: &str = "orders";
 const SENTINELS: usize = 3;

@@ -20,7 +20,7 @@ pub enum EncryptedErrorKind {
     AnotherLookUpSecret,
     /// The store is in use by a newer version of the software, which makes its ids in another way.
     NewerVersion,
-    /// The store below failed, or the record that names its look-up secret is damaged.
+    /// The store below failed or does not answer, or the record that names its look-up secret is damaged.
     Failed,
 }
 

@@ -24,8 +24,15 @@ const VERSION: u8 = 1;
 /// Long for two steps of a store, short for whoever comes after one that crashed between them.
 const LEASE: Duration = Duration::from_secs(10);
 
-/// Before it is looked again without a call.
+/// Before it is looked again without a call; at the least, since a lease may have no time left and not be over.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 const PAUSE: Duration = Duration::from_millis(500);
+
+/// A store that does not answer by then is unavailable.
+async fn within_a_lease<T>(call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    let late = |error| StoreError::with_source(StoreErrorKind::Unavailable, error);
+    timeout(LEASE, call).await.map_err(late)?
+}
 
 /// Other records have the MAC of an id.
 pub(super) fn id() -> RecordId {
@@ -38,11 +45,11 @@ pub(super) async fn leave(store: &impl Store, check: [u8; 32]) -> Result<(), Enc
     let owner = Owner::random().map_err(|error| StoreError::with_source(StoreErrorKind::Unavailable, error))?;
     let mut claim = Claim::new(own, owner, LEASE, Retention::Forever);
     loop {
-        match store.begin(&id, &claim).await? {
+        match within_a_lease(store.begin(&id, &claim)).await? {
             Begin::Acquired(lease) => {
                 // It needs no room.
                 let fact = StoredResponse::not_kept(StatusCode::OK);
-                match store.complete(&lease, &fact, Retention::Forever).await {
+                match within_a_lease(store.complete(&lease, &fact, Retention::Forever)).await {
                     Ok(()) => return Ok(()),
                     // It took longer than its lease.
                     Err(error) if error.kind() == StoreErrorKind::Fenced => claim.takeover = None,
@@ -60,7 +67,7 @@ pub(super) async fn leave(store: &impl Store, check: [u8; 32]) -> Result<(), Enc
             Begin::InProgress { remaining, .. } => {
                 claim.takeover = None;
                 // A call may come between the look and the listening; then this is a pause.
-                let _ = timeout(remaining.min(PAUSE), store.changed(&id)).await;
+                let _ = timeout(remaining.clamp(SHORTEST_PAUSE, PAUSE), store.changed(&id)).await;
             }
         }
     }

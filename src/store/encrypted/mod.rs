@@ -39,7 +39,7 @@ impl<S: Store> Encrypted<S> {
     ///
     /// The first opening leaves a record for ever in the store, which tells this look-up secret from others; each later
     /// one is a look at it. Where another node is just opening the store, or crashed while it did, this waits for it:
-    /// ten seconds at most for each.
+    /// ten seconds at most for each. A store that does not answer for ten seconds is one that failed.
     ///
     /// # Errors
     /// See [`EncryptedErrorKind`]. Nothing may be served by whoever does not open the store.
@@ -93,12 +93,15 @@ impl<S> Encrypted<S> {
 impl<S: Store> Store for Encrypted<S> {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         let look_up = &self.keys.look_up;
+        let stored = look_up.id(id);
+        // For whoever looks for the record of a line in the log.
+        tracing::debug!(record = %id, %stored, "the idempotency store has this record under another id");
         let claim = Claim {
             fingerprint: look_up.hide(id, &claim.fingerprint),
             takeover: claim.takeover.as_ref().map(|lost| self.inner(lost)),
             ..claim.clone()
         };
-        let found = self.store.begin(&look_up.id(id), &claim).await?;
+        let found = self.store.begin(&stored, &claim).await?;
         self.outer(id, found)
     }
 

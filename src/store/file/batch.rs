@@ -1,10 +1,11 @@
 //! The transitions of the contract, each within the transaction of a batch.
 
-use redb::{ReadableTable, ReadableTableMetadata, Table, TableDefinition, WriteTransaction};
+use redb::{AccessGuard, ReadableTable, ReadableTableMetadata, Table, TableDefinition, WriteTransaction};
 
 use super::{
     ahead::Latest,
     cache::Kept,
+    damage::Damage,
     effects::Effects,
     frame::{ABANDONED, NEVER, Progress, Record, State, Time},
     look::{Found, look},
@@ -34,6 +35,7 @@ type Step<T> = Result<Result<T, StoreError>, redb::Error>;
 pub(super) struct Batch<'txn> {
     records: Table<'txn, &'static [u8; 32], &'static [u8]>,
     expiry: Table<'txn, &'static [u8; 40], ()>,
+    damage: &'txn Damage,
     run: u64,
     /// How many bytes may still be taken; `None` while the disk is not full.
     room: Option<u64>,
@@ -51,12 +53,14 @@ enum Plan {
 impl<'txn> Batch<'txn> {
     pub(super) fn new(
         transaction: &'txn WriteTransaction,
+        damage: &'txn Damage,
         run: u64,
         room: Option<u64>,
     ) -> Result<Self, redb::TableError> {
         Ok(Self {
             records: transaction.open_table(RECORDS)?,
             expiry: transaction.open_table(EXPIRY)?,
+            damage,
             run,
             room,
             changed: false,
@@ -81,6 +85,13 @@ impl<'txn> Batch<'txn> {
     /// And what became of each record.
     pub(super) fn into_effects(self) -> (Effects, Vec<(RecordId, Latest)>) {
         (self.effects, self.latest)
+    }
+
+    /// The record's bytes. If a damaged page keeps them, that is noted; one that something else needs is no fault of the
+    /// record's.
+    fn stored(&self, id: &RecordId) -> Result<Option<AccessGuard<'_, &'static [u8]>>, redb::Error> {
+        let stored = self.records.get(id.as_bytes()).map_err(redb::Error::from);
+        stored.inspect_err(|error| self.damage.note(id, error))
     }
 
     fn insert_record(&mut self, id: &RecordId, bytes: Vec<u8>) -> Written {
@@ -113,7 +124,7 @@ impl<'txn> Batch<'txn> {
     pub(super) fn begin(&mut self, job: &BeginJob, now: Time) -> Step<Begin> {
         let BeginJob { id, claim, .. } = job;
         let (plan, old) = {
-            let stored = self.records.get(id.as_bytes())?;
+            let stored = self.stored(id)?;
             let record = match stored.as_ref().map(|stored| decode(id, stored.value())).transpose() {
                 Ok(record) => record,
                 Err(error) => return Ok(Err(error)),
@@ -171,7 +182,7 @@ impl<'txn> Batch<'txn> {
     pub(super) fn change(&mut self, job: &ChangeJob, now: Time) -> Step<Option<Kept>> {
         let id = &job.lease.id;
         let (old, progress) = {
-            let stored = self.records.get(id.as_bytes())?;
+            let stored = self.stored(id)?;
             let Some(stored) = stored else {
                 return Ok(Err(StoreErrorKind::Fenced.into()));
             };

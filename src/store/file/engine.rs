@@ -62,9 +62,13 @@ impl Backend {
         matches!(*failed, Some(Failed::Changed(_)))
     }
 
-    /// How it failed since this was last asked.
+    /// How it failed since this was last asked. An unknown state stays one: see [`usable`](Self::usable).
     pub(super) fn take_failure(&self) -> Option<Failed> {
-        self.failed.lock().unwrap_or_else(PoisonError::into_inner).take()
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        match *failed {
+            Some(Failed::Unknown) => Some(Failed::Unknown),
+            _ => failed.take(),
+        }
     }
 
     fn note<T>(&self, result: io::Result<T>, full_is_harmless: bool) -> io::Result<T> {

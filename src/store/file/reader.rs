@@ -63,16 +63,21 @@ fn answer_all(shared: &Shared, jobs: Vec<BeginJob>) {
 /// was answered before. The other way round a checkpoint in between would have it in neither.
 fn look_up(shared: &Shared, database: &Database, jobs: &mut vec::IntoIter<BeginJob>) -> Result<(), redb::Error> {
     let ahead = shared.ahead.find(jobs.as_slice().iter().map(|job| &job.id));
+    let mut others = Vec::new();
+    for (latest, job) in ahead.into_iter().zip(jobs.by_ref()) {
+        match latest {
+            _ if job.is_gone() => {}
+            Some(latest) => tell(shared, job, latest.as_deref()),
+            None => others.push(job),
+        }
+    }
+    *jobs = others.into_iter();
+    if jobs.as_slice().is_empty() {
+        return Ok(());
+    }
     let snapshot = database.begin_read()?;
     let records = snapshot.open_table(RECORDS)?;
-    for (latest, mut job) in ahead.into_iter().zip(jobs) {
-        if job.is_gone() {
-            continue;
-        }
-        if let Some(latest) = latest {
-            tell(shared, job, latest.as_deref());
-            continue;
-        }
+    for mut job in jobs {
         if let Some(error) = shared.damage.of(&job.id, &shared.file) {
             job.answer(Err(error));
             continue;

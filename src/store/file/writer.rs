@@ -101,6 +101,7 @@ impl Writer {
             let _ = self.careful(Self::checkpoint);
         }
         // Whoever waits for the end hears of it, whatever redb stumbles over, and it is closed here and nowhere else.
+        let _ = self.careful(Self::look_for_damage);
         let _ = self.careful(Self::checkpoint_the_end);
         if self.shared.broken.get().is_some() {
             // All of it is in the journal; redb would write what it has in one step, of which a part may stay.
@@ -152,11 +153,15 @@ impl Writer {
         Ok(())
     }
 
-    fn batch(&mut self, jobs: &mut Vec<WriteJob>) {
-        // By a reader: redb takes no more work, which the transaction that is open would notice at a checkpoint only.
-        if self.backend.met_damage() {
+    /// That a reader met: redb takes no more work, which the transaction that is open would notice at a checkpoint only.
+    fn look_for_damage(&mut self) {
+        if self.shared.broken.get().is_none() && self.backend.met_damage() {
             drop(self.failed(redb::Error::PreviousIo));
         }
+    }
+
+    fn batch(&mut self, jobs: &mut Vec<WriteJob>) {
+        self.look_for_damage();
         if let Some(broken) = self.shared.broken.get() {
             return refuse(jobs, || broken.clone().into());
         }
@@ -318,7 +323,7 @@ fn apply(
 ) -> Result<Applied, redb::Error> {
     let transaction = commits.begin(database)?;
     let mut outcomes = Vec::with_capacity(jobs.len());
-    let mut batch = Batch::new(&transaction, shared.time.run(), room)?;
+    let mut batch = Batch::new(&transaction, &shared.damage, shared.time.run(), room)?;
     let purged = match shared.damage.is_found() {
         true => 0,
         false => (jobs.len() * 2 + 8).min(MAX_PURGED),
@@ -334,7 +339,7 @@ fn apply(
                 let id = job.id;
                 let result = match shared.damage.of(&id, &shared.file) {
                     Some(error) => Err(error),
-                    None => (batch.begin(job, now)).inspect_err(|error| shared.damage.note(&id, error))?,
+                    None => batch.begin(job, now)?,
                 };
                 if batch.changed() {
                     Outcome::Begin(result)
@@ -348,7 +353,7 @@ fn apply(
                 let id = job.lease.id;
                 Outcome::Change(match shared.damage.of(&id, &shared.file) {
                     Some(error) => Err(error),
-                    None => (batch.change(job, now)).inspect_err(|error| shared.damage.note(&id, error))?,
+                    None => batch.change(job, now)?,
                 })
             }
         });
