@@ -281,12 +281,14 @@ async fn unless_it_is_set_a_copy_is_given_for_five_minutes() {
 
 #[tokio::test(start_paused = true)]
 async fn the_store_is_asked_again_after_the_longest_time_of_a_copy() {
-    let remote = Remote::default();
-    let store = Cached::builder(remote.clone()).longest(SECOND * 2).build();
-    completed(&store, 1, Retention::Forever).await;
-    for claims in [2, 2, 3, 3] {
-        assert_eq!((look(&store, 1).await, remote.claims()), ("completed", claims));
-        advance(SECOND).await;
+    for retention in [Retention::Forever, (SECOND * 60).into()] {
+        let remote = Remote::default();
+        let store = Cached::builder(remote.clone()).longest(SECOND * 2).build();
+        completed(&store, 1, retention).await;
+        for claims in [2, 2, 3, 3] {
+            assert_eq!((look(&store, 1).await, remote.claims()), ("completed", claims));
+            advance(SECOND).await;
+        }
     }
 }
 

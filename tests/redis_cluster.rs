@@ -13,9 +13,10 @@ use std::{
     time::Duration,
 };
 
+use redis::{ProtocolVersion, cluster::ClusterClientBuilder, cluster_read_routing::RandomReplicaStrategy};
 use support::{
     redis_cluster::Cluster,
-    steps::{MINUTE, acquire, claim, complete, id, is_replay, kept, key, kind, listening, until_back},
+    steps::{Listener, MINUTE, acquire, claim, complete, id, is_replay, kept, key, kind, listening, until_back},
 };
 use tokio::{task::JoinSet, time::timeout};
 use tower_idempotency::{
@@ -92,6 +93,8 @@ async fn a_waiter_hears_over_the_channel_of_the_records_node_alone() {
         }
         timeout(MINUTE, heard).await.expect("it was woken");
     }
+    let unheard = acquire(&store, 6).await;
+    complete(&store, &unheard, 1).await;
     let mut published = 0;
     for node in &cluster.nodes {
         published += node.calls("spublish").await;
@@ -187,6 +190,40 @@ async fn a_waiter_hears_of_a_record_whose_slot_moved_while_it_waited() {
     assert_eq!(cluster.nodes[to].calls("spublish").await, 1);
 }
 
+#[tokio::test]
+async fn a_waiter_whose_subscription_broke_looks_again_and_hears_again() {
+    let cluster = Cluster::start(3, &[]).await;
+    let (store, other) = (connected(&cluster).await, connected(&cluster).await);
+    let lease = acquire(&store, 1).await;
+    let heard = listening(&other, 1).await;
+    let holder = cluster.holder(&key(1)).await;
+    cluster.nodes[holder].say(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
+    // Something may have changed meanwhile.
+    timeout(MINUTE, heard).await.expect("it was subscribed to anew");
+    let heard = listening(&other, 1).await;
+    complete(&store, &lease, 1).await;
+    timeout(MINUTE, heard).await.expect("it was woken");
+}
+
+#[tokio::test]
+async fn who_listens_while_the_records_node_is_away_hears_once_it_is_back() {
+    let mut cluster = Cluster::start(3, &[]).await;
+    let (store, other) = (connected(&cluster).await, connected(&cluster).await);
+    let lease = acquire(&store, 1).await;
+    let holder = cluster.holder(&key(1)).await;
+    cluster.nodes[holder].kill();
+    let mut heard: Listener<'_> = Box::pin(async { other.changed(&id(1)).await });
+    // Asked for, and refused, before there is anybody again.
+    let refused = timeout(Duration::from_secs(1), &mut heard).await;
+    assert!(refused.is_err(), "nobody can have told it anything");
+    cluster.nodes[holder].restart("Ready to accept connections");
+    timeout(MINUTE, heard).await.expect("it was subscribed to");
+    until_back(&store, 1).await;
+    let heard = listening(&other, 1).await;
+    while store.complete(&lease, &kept(1), MINUTE.into()).await.is_err() {}
+    timeout(MINUTE, heard).await.expect("it was woken");
+}
+
 // ---- nodes that die
 
 /// Some records of each node.
@@ -262,6 +299,60 @@ async fn replicas_that_no_node_has_are_waited_for_in_vain() {
             StoreErrorKind::Unavailable
         );
     }
+}
+
+// ---- replicas
+
+#[tokio::test]
+async fn no_step_is_made_on_a_replica_by_a_client_that_reads_from_replicas() {
+    let mut cluster = Cluster::start(3, &[]).await;
+    cluster.add_replicas().await;
+    let client = ClusterClientBuilder::new(cluster.nodes.iter().map(|node| node.url()))
+        .use_protocol(ProtocolVersion::RESP3)
+        .read_routing_strategy(RandomReplicaStrategy)
+        .build()
+        .unwrap();
+    let store = RedisStore::builder().connect_cluster(client.clone()).await.unwrap();
+    let careful = RedisStore::builder()
+        .wait_for_replicas(1, Duration::from_millis(900))
+        .connect_cluster(client.clone())
+        .await
+        .unwrap();
+    for number in 0..24 {
+        let store = if number % 2 == 0 { &store } else { &careful };
+        let lease = acquire(store, number).await;
+        store.renew(&lease, MINUTE).await.unwrap();
+        match number % 3 {
+            0 => complete(store, &lease, 10).await,
+            1 => store.abandon(&lease).await.unwrap(),
+            _ => store.release(&lease).await.unwrap(),
+        }
+        for claim in [claim(), claim().asking_for_remaining()] {
+            match (number % 3, store.begin(&id(number), &claim).await.unwrap()) {
+                (0, found) => assert!(is_replay(&found, 10), "{number}: {found:?}"),
+                (1, Begin::Abandoned { .. }) | (2, Begin::Acquired(_) | Begin::InProgress { .. }) => {}
+                (_, found) => panic!("{number}: {found:?}"),
+            }
+        }
+    }
+    // Such a client does ask them, where it is left to it.
+    let mut connection = client.get_async_connection().await.unwrap();
+    for number in 0..24 {
+        let _: u64 = redis::cmd("STRLEN")
+            .arg(key(number))
+            .query_async(&mut connection)
+            .await
+            .unwrap();
+    }
+    let mut asked = 0;
+    for replica in &cluster.replicas {
+        asked += replica.calls("strlen").await;
+        // What it repeats of its primary's is none of these.
+        for command in ["get", "getex", "pttl", "eval", "evalsha"] {
+            assert_eq!(replica.calls(command).await, 0, "{command}");
+        }
+    }
+    assert!(asked > 0, "none of them is ever asked");
 }
 
 // ---- mistakes

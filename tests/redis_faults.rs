@@ -11,9 +11,9 @@ use support::{
     app::{call, keyed, open, pay},
     proxy::{Proxy, Weather},
     redis::Redis,
-    steps::{MINUTE, acquire, claim, complete, id, is_replay, kept, kind, until_back},
+    steps::{MINUTE, acquire, claim, complete, id, is_replay, kept, kind, listening, until_back},
 };
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::timeout};
 use tower_idempotency::{Begin, IdempotencyLayer, Lease, Owner, RedisStore, Store, StoreErrorKind, StoredResponse};
 
 async fn connect(url: &str) -> RedisStore {
@@ -236,6 +236,29 @@ async fn a_connection_that_is_cut_without_a_word_is_given_up_for_a_new_one() {
 }
 
 #[tokio::test]
+async fn a_subscription_that_is_cut_without_a_word_is_given_up_for_a_new_one() {
+    let server = Redis::start(&[]);
+    let proxy = Proxy::before(server.port()).await;
+    let builder = RedisStore::builder().timeout(Duration::from_millis(200));
+    let (store, other) = (
+        connect(&server.url()).await,
+        builder.connect(&proxy.url()).await.unwrap(),
+    );
+    let lease = acquire(&store, 1).await;
+    let first = listening(&other, 1).await;
+    proxy.black_hole();
+    // Whoever listens for another record asks, and hears nothing.
+    timeout(MINUTE, other.changed(&id(2)))
+        .await
+        .expect("asked on another one");
+    // Something may have changed meanwhile.
+    timeout(MINUTE, first).await.expect("it was subscribed to anew");
+    let first = listening(&other, 1).await;
+    complete(&store, &lease, 10).await;
+    timeout(MINUTE, first).await.expect("it was woken");
+}
+
+#[tokio::test]
 async fn an_answer_that_is_cut_in_its_middle_is_no_answer() {
     let server = Redis::start(&[]);
     let proxy = Proxy::before(server.port()).await;
@@ -254,9 +277,11 @@ async fn an_answer_that_comes_too_late_is_never_taken_for_that_of_another_key() 
     let proxy = Proxy::before(server.port()).await;
     let builder = RedisStore::builder().timeout(Duration::from_millis(100));
     let store = builder.connect(&proxy.url()).await.unwrap();
+    // Before, by one that has time.
+    let patient = connect(&server.url()).await;
     for number in 0..100 {
-        let lease = acquire(&store, number).await;
-        complete(&store, &lease, number as usize).await;
+        let lease = acquire(&patient, number).await;
+        complete(&patient, &lease, number as usize).await;
     }
     let (mut late, mut heard) = (0, 0);
     for round in 0..6 {

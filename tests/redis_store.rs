@@ -224,6 +224,29 @@ async fn a_renewal_that_lands_after_an_abandon_revives_nothing() {
 }
 
 #[tokio::test]
+async fn what_is_abandoned_is_kept_for_its_retention_from_then_on() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    let own = Claim::new(
+        Fingerprint::new(1, [1; 32]),
+        Owner::random().unwrap(),
+        MINUTE * 60,
+        MINUTE.into(),
+    );
+    let Begin::Acquired(lease) = store.begin(&id(1), &own).await.unwrap() else {
+        panic!("it was vacant");
+    };
+    let left = async || Duration::from_millis(server.ask(&["PTTL", &key(1)]).await);
+    assert!(
+        left().await > MINUTE * 60,
+        "its lease, and then as long again as it is kept"
+    );
+    store.abandon(&lease).await.unwrap();
+    let left = left().await;
+    assert!(left > Duration::ZERO && left <= MINUTE, "{left:?}");
+}
+
+#[tokio::test]
 async fn a_repeated_completion_succeeds_and_changes_nothing() {
     let server = Redis::start(&[]);
     let store = connected(&server).await;
@@ -411,6 +434,24 @@ async fn a_channel_that_nobody_listens_to_is_left() {
     while !channels().await.is_empty() {
         tokio::task::yield_now().await;
     }
+}
+
+#[tokio::test]
+async fn a_channel_that_somebody_came_back_to_is_kept() {
+    let server = Redis::start(&[]);
+    let store = connected(&server).await;
+    let ids = [id(1), id(2)];
+    for id in &ids {
+        // Left in this order.
+        store.changed(id).await;
+    }
+    let mut back = pin!(store.changed(&ids[0]));
+    assert!(!is_ready(back.as_mut()).await);
+    let channels = async || server.ask::<Vec<String>>(&["PUBSUB", "CHANNELS"]).await;
+    while channels().await.contains(&key(2)) {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(channels().await, [key(1)]);
 }
 
 // ---- what is not as this store left it

@@ -1,4 +1,4 @@
-//! Clusters of Redis servers, without replicas.
+//! Clusters of Redis servers.
 
 use std::{thread::yield_now, time::Duration};
 
@@ -7,6 +7,8 @@ use super::{ports::free_port, redis::Redis};
 /// Servers that share the slots evenly.
 pub struct Cluster {
     pub nodes: Vec<Redis>,
+    /// None to begin with, or one for each node.
+    pub replicas: Vec<Redis>,
 }
 
 pub const SLOTS: u16 = 16384;
@@ -17,15 +19,12 @@ impl Cluster {
         let mut nodes = Vec::new();
         let mut buses = Vec::new();
         for _ in 0..count {
-            let bus = free_port();
-            let bus_option = bus.to_string();
-            let mut all = vec!["--cluster-enabled", "yes", "--cluster-port", &bus_option];
-            all.extend(["--cluster-node-timeout", "1000"]);
-            all.extend(options);
-            nodes.push(Redis::start(&all));
+            let (node, bus) = node(options);
+            nodes.push(node);
             buses.push(bus);
         }
-        let cluster = Self { nodes };
+        let replicas = Vec::new();
+        let cluster = Self { nodes, replicas };
         let share = SLOTS / count;
         for (number, node) in (0..count).zip(&cluster.nodes) {
             let last = if number + 1 == count {
@@ -39,21 +38,48 @@ impl Cluster {
                 .await;
         }
         for (node, bus) in cluster.nodes.iter().zip(&buses).skip(1) {
-            let (port, bus) = (node.port().to_string(), bus.to_string());
-            cluster.nodes[0]
-                .say(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus])
-                .await;
+            cluster.meet(node, *bus).await;
         }
         cluster.until_up().await;
         cluster
     }
 
+    async fn meet(&self, node: &Redis, bus: u16) {
+        let (port, bus) = (node.port().to_string(), bus.to_string());
+        self.nodes[0].say(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus]).await;
+    }
+
+    /// One for each node, which has all that the node has.
+    pub async fn add_replicas(&mut self) {
+        for _ in &self.nodes {
+            let (replica, bus) = node(&["--repl-diskless-sync-delay", "0"]);
+            self.meet(&replica, bus).await;
+            self.replicas.push(replica);
+        }
+        self.until_up().await;
+        for (node, replica) in self.nodes.iter().zip(&self.replicas) {
+            let id: String = node.ask(&["CLUSTER", "MYID"]).await;
+            replica.say(&["CLUSTER", "REPLICATE", &id]).await;
+            while node.ask::<usize>(&["WAIT", "1", "100"]).await == 0 {}
+        }
+        // Each is known as what it is.
+        for node in self.nodes.iter().chain(&self.replicas) {
+            loop {
+                let nodes: String = node.ask(&["CLUSTER", "NODES"]).await;
+                if nodes.matches("slave").count() == self.replicas.len() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    }
+
     /// Each node knows of each other, and that all slots are served.
     pub async fn until_up(&self) {
-        for node in &self.nodes {
+        for node in self.nodes.iter().chain(&self.replicas) {
             loop {
                 let info: String = node.ask(&["CLUSTER", "INFO"]).await;
-                let known = format!("cluster_known_nodes:{}", self.nodes.len());
+                let known = format!("cluster_known_nodes:{}", self.nodes.len() + self.replicas.len());
                 if info.contains("cluster_state:ok") && info.contains(&known) {
                     break;
                 }
@@ -109,4 +135,14 @@ impl Cluster {
             node.say(&["CLUSTER", "SETSLOT", &slot, "NODE", &target_id]).await;
         }
     }
+}
+
+/// A node of a cluster, and the port of its bus.
+fn node(options: &[&str]) -> (Redis, u16) {
+    let bus = free_port();
+    let bus_option = bus.to_string();
+    let mut all = vec!["--cluster-enabled", "yes", "--cluster-port", &bus_option];
+    all.extend(["--cluster-node-timeout", "1000"]);
+    all.extend(options);
+    (Redis::start(&all), bus)
 }

@@ -133,7 +133,8 @@ impl RedisStoreBuilder {
     }
 
     /// Connects by a client of a cluster of your own making. Its waiters hear of changes if it speaks RESP3, and look
-    /// again each second if it does not.
+    /// again each second if it does not. One that reads from replicas makes each step on a primary all the same; but it
+    /// listens at replicas, where nothing is told, so that its waiters look again each second, too.
     ///
     /// # Errors
     /// As [`connect`](Self::connect).
