@@ -83,7 +83,7 @@ impl http_body::Body for Says {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.hint.clone()
+        self.hint
     }
 }
 
@@ -93,7 +93,7 @@ async fn saying(hint: SizeHint, text: &'static str) -> (Answer, Answer) {
         ServiceBuilder::new()
             .layer(layer().max_response_body(4))
             .service_fn(move |_: Request<Full<Bytes>>| {
-                let (hint, text) = (hint.clone(), Some(text));
+                let text = Some(text);
                 ready(Ok::<_, Infallible>(Response::new(Says { hint, text })))
             });
     let ask = async || {
