@@ -102,6 +102,16 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_that_fills_its_part_of_the_cache_is_kept_and_a_longer_one_is_not() {
+        let size = ENTRY + kept(1).response.len();
+        for (room, is_kept) in [(size - 1, false), (size, true), (size + 1, true)] {
+            let cache = Cache::new(room * SHARDS);
+            cache.put(id(1), kept(10));
+            assert_eq!(cache.get(&id(1), 1).is_some(), is_kept, "{room} bytes for {size}");
+        }
+    }
+
+    #[test]
     fn the_oldest_make_room_and_the_bytes_are_counted() {
         let size = ENTRY + kept(1).response.len();
         let cache = Cache::new(size * 10 * SHARDS);

@@ -231,3 +231,45 @@ impl Drop for Spare {
         self.give_back();
     }
 }
+
+#[cfg(all(test, unix))]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn room_is_set_aside_in_a_file_of_its_own_and_given_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name| directory.path().join(name);
+        let spare = path("store.spare");
+        let disk = Disk::new(File::create_new(path("store")).unwrap(), spare.clone());
+        let held = || {
+            fs::symlink_metadata(&spare)
+                .map(|spare| (spare.is_file(), spare.len()))
+                .ok()
+        };
+        let bytes = (2 << 20) + 7;
+        disk.hold(bytes).unwrap();
+        assert_eq!(held(), Some((true, bytes)));
+        // What a crash left in its whole length is taken, what it left in part is not.
+        fs::write(&spare, b"in part").unwrap();
+        disk.hold(bytes).unwrap();
+        assert_eq!(held(), Some((true, bytes)));
+        let before = fs::metadata(&spare).unwrap().modified().unwrap();
+        disk.hold(bytes).unwrap();
+        assert_eq!(fs::metadata(&spare).unwrap().modified().unwrap(), before);
+        disk.hold(0).unwrap();
+        assert_eq!(held(), None);
+        assert_eq!(disk.hold(0).unwrap_err().kind(), ErrorKind::NotFound);
+        // Whatever has the name, it is not written through, and a directory stays.
+        fs::write(path("precious"), vec![b'x'; bytes as usize]).unwrap();
+        std::os::unix::fs::symlink(path("precious"), &spare).unwrap();
+        disk.hold(bytes).unwrap();
+        assert_eq!(held(), Some((true, bytes)));
+        assert_eq!(fs::read(path("precious")).unwrap()[0], b'x');
+        disk.hold(0).unwrap();
+        fs::create_dir(&spare).unwrap();
+        assert!(disk.hold(bytes).is_err() && spare.is_dir());
+    }
+}

@@ -205,3 +205,142 @@ impl<T: Weigh> Queue<T> {
         true
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::thread;
+
+    use super::*;
+    use crate::{
+        fingerprint::Fingerprint,
+        record::{Owner, Retention},
+    };
+
+    impl Weigh for usize {
+        fn bytes(&self) -> usize {
+            *self
+        }
+    }
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn filled(jobs: &[usize]) -> Queue<usize> {
+        let queue = Queue::new();
+        for job in jobs {
+            queue.put(*job).unwrap();
+        }
+        queue
+    }
+
+    /// What one look takes that waits for nothing.
+    fn taken(queue: &Queue<usize>, most: usize) -> Vec<usize> {
+        let mut batch = Vec::new();
+        assert!(queue.take(&mut batch, most, 1, Duration::ZERO));
+        batch
+    }
+
+    #[test]
+    fn a_batch_has_as_many_jobs_and_bytes_as_it_may_have() {
+        let queue = filled(&[0, 1, 2]);
+        assert_eq!((taken(&queue, 2), taken(&queue, 2)), (vec![0, 1], vec![2]));
+        let most = MAX_BATCH_BYTES;
+        let queue = filled(&[most - 1, 1, 1, most, most + 1, 0, 5]);
+        let batches = [(); 4].map(|()| taken(&queue, 10));
+        assert_eq!(batches[..2], [vec![most - 1, 1], vec![1]]);
+        assert_eq!(
+            batches[2..],
+            [vec![most], vec![most + 1]],
+            "the first whatever it weighs"
+        );
+        assert_eq!(taken(&queue, 10), [0, 5]);
+    }
+
+    #[test]
+    fn whoever_takes_waits_for_as_many_as_are_expected_or_for_the_end() {
+        for ends in [false, true] {
+            let queue = filled(&[1]);
+            thread::scope(|scope| {
+                let batch = scope.spawn(|| {
+                    let mut batch = Vec::new();
+                    assert!(queue.take(&mut batch, 10, 3, HOUR));
+                    batch
+                });
+                while queue.lock().wanted != 3 {
+                    assert!(!batch.is_finished(), "it did not wait");
+                    thread::yield_now();
+                }
+                queue.put(2).unwrap();
+                match ends {
+                    true => queue.close(),
+                    false => queue.put(3).unwrap(),
+                }
+                let expected = if ends { vec![1, 2] } else { vec![1, 2, 3] };
+                assert_eq!(batch.join().unwrap(), expected);
+            });
+            assert_eq!(queue.lock().wanted, 1);
+        }
+        let mut batch = Vec::new();
+        assert!(filled(&[1]).take(&mut batch, 10, 3, Duration::from_nanos(1)));
+        assert_eq!(batch, [1], "its patience has an end");
+    }
+
+    #[test]
+    fn a_job_is_given_at_once_only_to_who_waits_for_it() {
+        let queue = filled(&[]);
+        assert!(matches!(queue.put_if_idle(1), Err((Refused::Busy, 1))));
+        thread::scope(|scope| {
+            let batch = scope.spawn(|| taken(&queue, 10));
+            while queue.put_if_idle(2).is_err() {
+                assert!(!batch.is_finished(), "it did not wait");
+                thread::yield_now();
+            }
+            assert_eq!(batch.join().unwrap(), [2]);
+        });
+        queue.put(3).unwrap();
+        assert!(matches!(queue.put_if_idle(4), Err((Refused::Busy, 4))));
+    }
+
+    #[test]
+    fn a_closed_queue_takes_nothing_in_and_hands_out_what_waits() {
+        let queue = filled(&[1]);
+        queue.close();
+        assert!(matches!(queue.put(2), Err((Refused::Closed, 2))));
+        assert_eq!(taken(&queue, 10), [1]);
+        assert!(!queue.take(&mut Vec::new(), 10, 1, HOUR));
+    }
+
+    #[test]
+    fn only_answers_weigh_and_who_does_not_wait_is_gone() {
+        let (answer, waits) = oneshot::channel();
+        let owner = Owner::from_bytes([1; 16]);
+        let id = RecordId::from_bytes([1; 32]);
+        let mut begin = BeginJob {
+            id,
+            claim: Claim::new(Fingerprint::new(1, [0; 32]), owner, HOUR, Retention::Forever),
+            asked: 0,
+            answer: Some(answer),
+        };
+        assert!(!begin.is_gone());
+        drop(waits);
+        assert!(begin.is_gone());
+        begin.answer(Err(crate::error::StoreErrorKind::Full.into()));
+        assert!(begin.is_gone() && begin.answer.is_none());
+        assert_eq!(WriteJob::Begin(begin).bytes(), 0);
+        let not_kept = StoredResponse::not_kept(http::StatusCode::OK);
+        for (change, bytes) in [
+            (Change::Complete(not_kept.clone(), 1), not_kept.len()),
+            (Change::Release, 0),
+        ] {
+            let (answer, _) = oneshot::channel();
+            let job = ChangeJob {
+                lease: Lease::new(id, owner, 1),
+                change,
+                asked: 0,
+                answer,
+            };
+            assert_eq!(WriteJob::Change(job).bytes(), bytes);
+        }
+    }
+}
