@@ -133,3 +133,80 @@ fn not_to_be_had(other: Found, beside: &Fingerprint) -> Option<Rejection> {
     };
     Some(Rejection::new(kind))
 }
+
+#[cfg(test)]
+mod tests {
+    use http::StatusCode;
+
+    use super::*;
+    use crate::{
+        codec::StoredResponse,
+        record::{Lease, Owner, RecordId, Retention},
+    };
+
+    fn id(byte: u8) -> RecordId {
+        RecordId::from_bytes([byte; 32])
+    }
+
+    #[test]
+    fn a_key_beside_is_had_if_it_is_vacant_or_was_used_by_the_same_operation() {
+        let (own, another) = (Fingerprint::beside(&id(1)), Fingerprint::beside(&id(2)));
+        let completed = |fingerprint| Begin::Completed {
+            fingerprint,
+            response: StoredResponse::not_kept(StatusCode::OK),
+            remaining: None,
+        };
+        let in_progress = |fingerprint| Begin::InProgress {
+            fingerprint,
+            remaining: Duration::ZERO,
+        };
+        let abandoned = |fingerprint| Begin::Abandoned {
+            fingerprint,
+            lost: Lease::new(id(3), Owner::from_bytes([1; 16]), 1),
+        };
+        let reused = Some(RejectionKind::KeyReused);
+        for (found, expected) in [
+            (Found::Acquired, None),
+            (Found::Kept(completed(own)), None),
+            (Found::Kept(in_progress(own)), Some(RejectionKind::InProgress)),
+            (Found::Kept(abandoned(own)), Some(RejectionKind::OutcomeUnknown)),
+            (Found::Kept(completed(another)), reused),
+            (Found::Kept(in_progress(another)), reused),
+            (Found::Kept(abandoned(another)), reused),
+            (Found::InFlight(Whose::Another), reused),
+        ] {
+            let said = format!("{found:?}");
+            let kind = not_to_be_had(found, &own).map(|rejection| rejection.kind());
+            assert_eq!(kind, expected, "{said}");
+        }
+    }
+
+    #[test]
+    fn a_duplicate_looks_again_after_a_quarter_of_a_second_or_twice_that() {
+        let owner = Owner::from_bytes([1; 16]);
+        let claim = Claim::new(Fingerprint::beside(&id(1)), owner, LOOK_AGAIN, Retention::Forever);
+        for _ in 0..100 {
+            let Begin::InProgress { remaining, .. } = in_progress(&claim) else {
+                unreachable!("it is in progress")
+            };
+            assert!((LOOK_AGAIN..2 * LOOK_AGAIN).contains(&remaining), "{remaining:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_unclear_is_looked_at_with_growing_pauses_until_its_time_is_over() {
+        let start = Instant::now();
+        for (give_up, looks) in [(5, 1), (6, 2), (13, 2), (14, 3)] {
+            let mut unclear = Unclear {
+                give_up: Some(Instant::now() + Duration::from_millis(give_up)),
+                pause: SHORTEST_PAUSE,
+            };
+            let mut looked = 0;
+            while unclear.look_again().await {
+                looked += 1;
+            }
+            assert_eq!(looked, looks, "within {give_up} ms");
+        }
+        assert_eq!(start.elapsed(), Duration::from_millis(2 + 6 + 6 + 14));
+    }
+}

@@ -209,3 +209,38 @@ async fn resolve(shared: &Shared, transactions: &dyn Transactions, lease: &Lease
         pause *= 2;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_is_told_of_an_end_that_was_not_asked_for_if_anything_was_to_be_kept() {
+        use RejectionKind::{
+            RecordUnreadable, StoreFull, TransactionFailed, TransactionMisused, TransactionRolledBack,
+        };
+        use StoreErrorKind::{Corrupt, Full, Other, Unavailable};
+        let id = RecordId::from_bytes([7; 32]);
+        let told = |ended, is_kept| rejection(ended, is_kept, id).map(|rejection| rejection.kind());
+        for (error, [rolled_back, failed, unknown]) in [
+            (
+                Unavailable,
+                [TransactionRolledBack, TransactionFailed, TransactionRolledBack],
+            ),
+            (Other, [TransactionRolledBack, TransactionFailed, TransactionRolledBack]),
+            (Full, [StoreFull; 3]),
+            (Corrupt, [RecordUnreadable; 3]),
+        ] {
+            assert_eq!(told(Ended::RolledBack(error.into()), true), Some(rolled_back));
+            assert_eq!(told(Ended::Failed(error.into()), true), Some(failed));
+            assert_eq!(told(Ended::Unknown(error.into()), true), Some(unknown));
+            assert_eq!(told(Ended::RolledBack(error.into()), false), None);
+            assert_eq!(told(Ended::Failed(error.into()), false), None);
+            assert_eq!(told(Ended::Unknown(error.into()), false), None);
+        }
+        for is_kept in [false, true] {
+            assert_eq!(told(Ended::AsAsked, is_kept), None);
+            assert_eq!(told(Ended::Misused("it was leaked"), is_kept), Some(TransactionMisused));
+        }
+    }
+}

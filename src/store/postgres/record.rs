@@ -173,3 +173,104 @@ fn missing() -> StoreError {
 fn corrupt(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> StoreError {
     StoreError::with_source(StoreErrorKind::Corrupt, source)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use http::StatusCode;
+
+    use super::*;
+
+    fn id(byte: u8) -> RecordId {
+        RecordId::from_bytes([byte; 32])
+    }
+
+    fn row(state: i8) -> Row {
+        let answer = StoredResponse::not_kept(StatusCode::CREATED).as_bytes().to_vec();
+        Row {
+            owner: Some(vec![7; 16]),
+            fence: 3,
+            state: Some(state),
+            algorithm: Some(1),
+            fingerprint: Some(vec![1; 32]),
+            checksum: Some(checksum(&id(1), &answer)),
+            answer: Some(answer),
+            expired: Some(false),
+            time_left: Some(5_000_000),
+        }
+    }
+
+    /// In a few words, what somebody finds who asks as this owner.
+    fn found(row: Row, asking: u8) -> String {
+        match row.found(&id(1), Owner::from_bytes([asking; 16])) {
+            Ok(Found::Expired) => "expired".to_owned(),
+            Ok(Found::Own) => "own".to_owned(),
+            Ok(Found::Other(Begin::InProgress { remaining, .. })) => format!("in progress for {remaining:?}"),
+            Ok(Found::Other(Begin::Abandoned { lost, .. })) => format!("abandoned {}", lost.fence),
+            Ok(Found::Other(Begin::Completed { remaining, .. })) => format!("completed, {:?}", remaining.unwrap()),
+            Ok(Found::Other(Begin::Acquired(_))) => "acquired".to_owned(),
+            Err(error) => format!("{:?}", error.kind()),
+        }
+    }
+
+    #[test]
+    fn a_row_is_what_it_says_and_of_its_owner() {
+        assert_eq!(found(row(IN_PROGRESS), 7), "own");
+        assert_eq!(found(row(IN_PROGRESS), 8), "in progress for 5s");
+        assert_eq!(found(row(ABANDONED), 7), "abandoned 3");
+        assert_eq!(found(row(COMPLETED), 7), "completed, For(5s)");
+        assert_eq!(found(row(b'x' as i8), 7), "Corrupt");
+        let at_its_end = |left| Row {
+            time_left: Some(left),
+            ..row(IN_PROGRESS)
+        };
+        assert_eq!(found(at_its_end(1), 8), "in progress for 1µs");
+        assert_eq!(found(at_its_end(0), 8), "abandoned 3");
+        assert_eq!(found(at_its_end(-1), 8), "abandoned 3");
+        for state in [IN_PROGRESS, ABANDONED, COMPLETED] {
+            let expired = Some(true);
+            assert_eq!(found(Row { expired, ..row(state) }, 7), "expired");
+        }
+    }
+
+    #[test]
+    fn a_row_with_a_value_that_cannot_be_is_corrupt() {
+        let cut = |row: &mut Row| row.owner = Some(vec![7; 15]);
+        let changes: [fn(&mut Row); 7] = [
+            cut,
+            |row| row.fence = -1,
+            |row| row.algorithm = Some(256),
+            |row| row.fingerprint = None,
+            |row| row.expired = None,
+            |row| row.answer = Some(b"another".to_vec()),
+            |row| row.checksum = row.checksum.map(|sum| sum ^ 1),
+        ];
+        for (number, change) in changes.iter().enumerate() {
+            let mut row = row(COMPLETED);
+            change(&mut row);
+            assert_eq!(found(row, 7), "Corrupt", "{number}");
+        }
+        let owner = Owner::from_bytes([7; 16]);
+        assert!(row(COMPLETED).found(&id(2), owner).is_err(), "it is of another record");
+    }
+
+    /// As first released. These are in tables: they never change.
+    #[test]
+    fn a_checksum_is_what_it_was_first() {
+        assert_eq!(checksum(&id(0x5a), b"paid"), 1255070343);
+    }
+
+    #[test]
+    fn a_time_that_never_comes_is_kept_for_ever() {
+        let seconds = |seconds| Retention::For(Duration::from_secs(seconds));
+        assert_eq!(remaining(7_000_000), seconds(7));
+        assert_eq!((remaining(0), remaining(-1)), (seconds(0), seconds(0)));
+        assert_eq!(
+            (remaining(FOREVER), remaining(i64::MAX)),
+            (Retention::Forever, Retention::Forever)
+        );
+        let last = Retention::For(Duration::from_micros(FOREVER.unsigned_abs() - 1));
+        assert_eq!(remaining(FOREVER - 1), last);
+    }
+}

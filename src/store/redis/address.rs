@@ -188,6 +188,20 @@ mod tests {
         };
         assert_eq!((port("one"), port("[::1]")), (SENTINEL_PORT, SENTINEL_PORT));
         assert_eq!((port("one:7"), port("[::1]:7")), (7, 7));
+        let encrypted = |host: &str| {
+            let address = ConnectionAddr::TcpTls {
+                host: "one".to_owned(),
+                port: 7,
+                insecure: false,
+                tls_params: None,
+            };
+            match with_sentinel_port(host, address) {
+                ConnectionAddr::TcpTls { host, port, .. } => (host, port),
+                _ => (String::new(), 0),
+            }
+        };
+        assert_eq!(encrypted("one"), ("one".to_owned(), SENTINEL_PORT));
+        assert_eq!(encrypted("one:7"), ("one".to_owned(), 7));
     }
 
     #[test]

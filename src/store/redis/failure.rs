@@ -90,6 +90,26 @@ mod tests {
     }
 
     #[test]
+    fn a_server_that_is_no_primary_leads_elsewhere_and_one_that_said_no_has_answered() {
+        let of_server = |kind| RedisError::from((ErrorKind::Server(kind), "said the server"));
+        let answers = |error: &RedisError| (leads_elsewhere(error), is_answer(error));
+        for kind in [ServerErrorKind::ReadOnly, ServerErrorKind::MasterDown] {
+            assert_eq!(answers(&of_server(kind)), (true, false), "{kind:?}");
+        }
+        for kind in [ServerErrorKind::NoScript, ServerErrorKind::NoPerm] {
+            assert_eq!(answers(&of_server(kind)), (false, true), "{kind:?}");
+        }
+        for code in ["OOM", "WRONGTYPE"] {
+            let error = make_extension_error(code.to_owned(), None);
+            assert_eq!(answers(&error), (false, true), "{code}");
+        }
+        assert_eq!(answers(&of_server(ServerErrorKind::BusyLoading)), (false, false));
+        assert_eq!(answers(&RedisError::from((ErrorKind::Io, "closed"))), (false, false));
+        let crowded = make_extension_error("ERR".to_owned(), Some("max number of clients reached".to_owned()));
+        assert_eq!(kind(&crowded), StoreErrorKind::Unavailable);
+    }
+
+    #[test]
     fn an_error_that_passes_is_unavailable_and_one_that_stays_is_not() {
         for passing in ["MISCONF", "NOREPLICAS", "BUSY"] {
             assert_eq!(said(passing), StoreErrorKind::Unavailable, "{passing}");

@@ -119,3 +119,31 @@ fn heard(push: PushInfo) -> Heard {
         _ => Heard::Nothing,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In a letter: what is heard of a channel of this name.
+    fn of(kind: PushKind, name: Value) -> (char, String) {
+        let data = vec![name, Value::Int(1)];
+        match heard(PushInfo { kind, data }) {
+            Heard::Changed(name) => ('c', name),
+            Heard::Left(name) => ('l', name),
+            Heard::Nothing => ('n', String::new()),
+            Heard::Ended => ('e', String::new()),
+        }
+    }
+
+    #[test]
+    fn what_a_cluster_pushes_is_a_change_a_channel_that_left_or_nothing() {
+        let name = || "channel".to_owned();
+        for named in [Value::BulkString(b"channel".to_vec()), Value::SimpleString(name())] {
+            assert_eq!(of(PushKind::SMessage, named.clone()), ('c', name()));
+            assert_eq!(of(PushKind::SSubscribe, named.clone()), ('c', name()));
+            assert_eq!(of(PushKind::SUnsubscribe, named.clone()), ('l', name()));
+            assert_eq!(of(PushKind::Invalidate, named).0, 'n');
+        }
+        assert_eq!(of(PushKind::SMessage, Value::Int(7)).0, 'n');
+    }
+}

@@ -173,3 +173,46 @@ impl Drop for Place<'_> {
         self.waiters.leave(&self.id);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::{super::address, *};
+
+    fn waiters() -> Arc<Waiters> {
+        let way = address::way("redis://localhost", &Default::default()).unwrap();
+        Waiters::new(Arc::new(way), Keys::new("test:".to_owned()), Duration::from_secs(1))
+    }
+
+    #[test]
+    fn a_record_is_forgotten_when_its_last_listener_has_left() {
+        let waiters = waiters();
+        let (one, two) = (RecordId::from_bytes([1; 32]), RecordId::from_bytes([2; 32]));
+        assert!(!waiters.is_heard(&one) && !waiters.forget(&one));
+        // Who gets the orders does nothing with them here.
+        let (orders, _received) = unbounded_channel();
+        waiters.state().orders = Some(orders);
+        for id in [one, one, two] {
+            waiters.enter(id);
+        }
+        waiters.leave(&one);
+        assert!(waiters.is_heard(&one) && !waiters.forget(&one), "one still listens");
+        waiters.leave(&one);
+        assert!(!waiters.is_heard(&one));
+        assert_eq!(waiters.state().records.len(), 2, "its channel is kept for a while");
+        assert!(waiters.forget(&one));
+        assert_eq!(waiters.heard(), [two]);
+        waiters.leave(&two);
+        assert!(waiters.heard().is_empty() && waiters.state().records.is_empty());
+    }
+
+    #[test]
+    fn without_a_subscription_nothing_is_left_of_who_left() {
+        let waiters = waiters();
+        let id = RecordId::from_bytes([1; 32]);
+        waiters.enter(id);
+        waiters.leave(&id);
+        assert!(waiters.state().records.is_empty());
+    }
+}
