@@ -17,7 +17,7 @@ use crate::{
     decide::{Decision, decide},
     error::{StoreError, StoreErrorKind},
     fingerprint::{Comparison, Fingerprint},
-    guard::{Outcome, settle_later},
+    guard::{NEVER_GRANTED, Outcome, settle_later},
     identity::{Identity, identify},
     key::IdempotencyKey,
     policy::{Guarantee, Policy},
@@ -226,7 +226,7 @@ pub(crate) async fn begin(shared: &Arc<Shared>, id: &RecordId, claim: &Claim) ->
             // The attempt that was to be taken over may have had its effect.
             Some(_) => Outcome::Unknown,
         };
-        settle_later(shared, Lease::new(*id, claim.owner, 0), outcome);
+        settle_later(shared, Lease::new(*id, claim.owner, NEVER_GRANTED), outcome);
     }
     second
 }

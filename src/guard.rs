@@ -261,6 +261,9 @@ async fn apply(shared: &Shared, lease: &Lease, outcome: &Outcome) -> Result<(), 
     }
 }
 
+/// In place of the fence of a claim that the store never answered.
+pub(crate) const NEVER_GRANTED: u64 = 0;
+
 /// Goes on telling the store for as long as a lease lasts, with growing pauses. After that the lease is over, and the
 /// record says by itself that the outcome is unknown.
 pub(crate) fn settle_later(shared: &Arc<Shared>, lease: Lease, outcome: Outcome) {
@@ -281,15 +284,23 @@ pub(crate) fn settle_later(shared: &Arc<Shared>, lease: Lease, outcome: Outcome)
         // None: a lease that no clock can count is never over.
         let give_up = Instant::now().checked_add(shared.policy.lease);
         let mut pause = FIRST_PAUSE;
+        // A claim that the store never answered may arrive there behind the word that ends it, and would be in progress
+        // with nobody at it. So that word is said twice.
+        let mut answers = if lease.fence == NEVER_GRANTED { 2 } else { 1 };
         loop {
             sleep(pause + Duration::from_millis(random::below(pause.as_millis() as u64))).await;
-            match apply(&shared, &lease, &outcome).await {
-                Ok(()) => return,
+            let result = apply(&shared, &lease, &outcome).await;
+            answers -= usize::from(!result.as_ref().is_err_and(StoreError::is_retryable));
+            match result {
+                Ok(()) if answers == 0 => return,
+                Ok(()) => {}
                 Err(error) if error.is_retryable() && give_up.is_none_or(|give_up| Instant::now() < give_up) => {}
                 // The earlier try was applied after all, or the attempt was taken over; it is over either way.
                 Err(error) if error.kind() == StoreErrorKind::Fenced => {
                     tracing::debug!(record = %lease.id, "an attempt that was to be ended has ended already");
-                    return;
+                    if answers == 0 {
+                        return;
+                    }
                 }
                 Err(error) => return report(&shared, &lease, &error),
             }

@@ -3,7 +3,15 @@
 
 mod support;
 
-use std::time::Duration;
+use std::{
+    future::pending,
+    mem,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
 use http::StatusCode;
 use support::{
@@ -11,7 +19,10 @@ use support::{
     faulty::{Fault, FaultyStore, Op},
 };
 use tokio::time::{Instant, sleep};
-use tower_idempotency::{Guarantee, IdempotencyLayer, MemoryStore, StoreErrorKind};
+use tower_idempotency::{
+    Begin, Claim, Guarantee, IdempotencyLayer, Lease, MemoryStore, RecordId, Retention, Store, StoreError,
+    StoreErrorKind, StoredResponse,
+};
 
 const DOWN: Fault = Fault::Error(StoreErrorKind::Unavailable);
 
@@ -51,6 +62,94 @@ async fn a_store_that_never_answers_is_given_up_at_its_deadline() {
     assert_eq!(answer.problem(), "store-unavailable");
     assert_eq!(start.elapsed().as_secs(), 6, "two tries of three seconds");
     assert_eq!(control.runs(), 0);
+}
+
+/// A memory store behind a network that holds back claims until it is told of their end.
+#[derive(Clone, Default)]
+struct Overtaken {
+    memory: MemoryStore,
+    claims: Arc<Mutex<Vec<(RecordId, Claim)>>>,
+    holds_back: Arc<AtomicBool>,
+    takeovers_alone: bool,
+}
+
+impl Overtaken {
+    /// What was held back arrives, once an end was dealt with.
+    async fn after<T>(&self, end: impl Future<Output = T>) -> T {
+        let answer = end.await;
+        let claims = mem::take(&mut *self.claims.lock().unwrap());
+        for (id, claim) in claims {
+            let _ = self.memory.begin(&id, &claim).await;
+        }
+        answer
+    }
+}
+
+impl Store for Overtaken {
+    async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
+        let passes = self.takeovers_alone && claim.takeover.is_none();
+        if passes || !self.holds_back.load(SeqCst) {
+            return self.memory.begin(id, claim).await;
+        }
+        self.claims.lock().unwrap().push((*id, claim.clone()));
+        pending().await
+    }
+
+    async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
+        self.memory.complete(lease, response, retention).await
+    }
+
+    async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
+        self.memory.renew(lease, length).await
+    }
+
+    async fn release(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.after(self.memory.release(lease)).await
+    }
+
+    async fn abandon(&self, lease: &Lease) -> Result<(), StoreError> {
+        self.after(self.memory.abandon(lease)).await
+    }
+
+    async fn changed(&self, id: &RecordId) {
+        self.memory.changed(id).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_arrives_behind_its_release_does_not_stay() {
+    let store = Overtaken::default();
+    let layer = IdempotencyLayer::new(store.clone());
+    let control = open();
+    let app = pay(&control, layer.clone());
+    store.holds_back.store(true, SeqCst);
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "store-unavailable");
+    store.holds_back.store(false, SeqCst);
+    let start = Instant::now();
+    layer.drain().finished().await;
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    assert_eq!(store.memory.len(), 0);
+    assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::CREATED);
+    assert_eq!(control.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_takeover_that_arrives_behind_its_end_leaves_what_it_took_over_lost() {
+    let store = Overtaken {
+        takeovers_alone: true,
+        ..Overtaken::default()
+    };
+    let layer = IdempotencyLayer::new(store.clone()).guarantee(Guarantee::AtLeastOnce);
+    let app = support::app::answering(&open(), layer.clone(), |run, attempt, _| {
+        assert!(run > 1, "the first run panics");
+        axum::response::IntoResponse::into_response(format!("run {run} attempt {attempt}"))
+    });
+    assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
+    store.holds_back.store(true, SeqCst);
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "store-unavailable");
+    store.holds_back.store(false, SeqCst);
+    layer.drain().finished().await;
+    assert_eq!(call(&app, keyed("k", "a")).await.body, "run 2 attempt 3");
 }
 
 #[tokio::test(start_paused = true)]
