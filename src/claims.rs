@@ -58,7 +58,7 @@ enum One {
 
 async fn claim_one(guard: &Guard, id: &RecordId, mut claim: Claim) -> Result<One, Rejection> {
     loop {
-        match found(begin(guard.shared(), id, &claim).await, &claim) {
+        match found(begin(guard.shared(), id, &mut claim).await, &claim) {
             Found::Acquired(lease) => {
                 guard.add(lease);
                 return Ok(One::Claimed);

@@ -5,7 +5,7 @@
 //! Only this file knows the order. [`service`](crate::service) finds the key and [`future`](crate::future) reads the
 //! body before it starts; [`attempt`](crate::attempt) runs the handler and ends what was begun.
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{future::Future, mem, pin::Pin, sync::Arc};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, Version, header, request};
 use http_body::Body;
@@ -155,7 +155,13 @@ where
             return Box::pin(crate::transactional::run(exchange, transactions)).await;
         }
         loop {
-            let begin = begin(&exchange.shared, &exchange.identity.id, &exchange.claim).await;
+            let Exchange {
+                shared,
+                identity,
+                claim,
+                ..
+            } = &mut *exchange;
+            let begin = begin(shared, &identity.id, claim).await;
             match exchange.next(begin) {
                 Next::Reply(response) => return Step::Done(Ok(response)),
                 Next::Run(lease) if exchange.identity.others.is_empty() => {
@@ -212,21 +218,25 @@ impl<S: Clone> Exchange<S> {
 
 // ---- begin
 
-pub(crate) async fn begin(shared: &Arc<Shared>, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
+/// One try, and a second one if the store does not answer the first. Where neither is told that it has the claim, the
+/// first may still arrive; it is ended, and `claim` has another owner from then on, whom that end does not concern.
+pub(crate) async fn begin(shared: &Arc<Shared>, id: &RecordId, claim: &mut Claim) -> Result<Begin, StoreError> {
     match shared.call(shared.store.begin(id, claim)).await {
         Err(error) if error.is_retryable() => {}
         result => return result,
     }
     // The first claim may have been applied and only its answer lost: the same owner gets its own lease back.
     let second = shared.call(shared.store.begin(id, claim)).await;
-    if second.is_err() {
-        // Whatever the second was told, the first may have been applied. It must not stay behind: nothing ran under it.
+    if !matches!(second, Ok(Begin::Acquired(_) | Begin::Completed { .. })) {
+        let Ok(next) = Owner::random() else { return second };
+        let owner = mem::replace(&mut claim.owner, next);
+        // It must not stay behind: nothing ran under it.
         let outcome = match claim.takeover {
             None => Outcome::NotExecuted,
             // The attempt that was to be taken over may have had its effect.
             Some(_) => Outcome::Unknown,
         };
-        settle_later(shared, Lease::new(*id, claim.owner, NEVER_GRANTED), outcome);
+        settle_later(shared, Lease::new(*id, owner, NEVER_GRANTED), outcome);
     }
     second
 }

@@ -8,14 +8,14 @@ use std::{
     mem,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering::SeqCst},
+        atomic::{AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
 };
 
 use http::StatusCode;
 use support::{
-    app::{Control, call, keyed, open, pay, spawn},
+    app::{Control, call, gated, keyed, open, pay, spawn},
     faulty::{Fault, FaultyStore, Op},
 };
 use tokio::time::{Instant, sleep};
@@ -69,7 +69,8 @@ async fn a_store_that_never_answers_is_given_up_at_its_deadline() {
 struct Overtaken {
     memory: MemoryStore,
     claims: Arc<Mutex<Vec<(RecordId, Claim)>>>,
-    holds_back: Arc<AtomicBool>,
+    /// How many more claims it holds back.
+    holds_back: Arc<AtomicUsize>,
     takeovers_alone: bool,
 }
 
@@ -88,7 +89,8 @@ impl Overtaken {
 impl Store for Overtaken {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         let passes = self.takeovers_alone && claim.takeover.is_none();
-        if passes || !self.holds_back.load(SeqCst) {
+        let less = |left: usize| left.checked_sub(1);
+        if passes || self.holds_back.fetch_update(SeqCst, SeqCst, less).is_err() {
             return self.memory.begin(id, claim).await;
         }
         self.claims.lock().unwrap().push((*id, claim.clone()));
@@ -122,15 +124,39 @@ async fn a_claim_that_arrives_behind_its_release_does_not_stay() {
     let layer = IdempotencyLayer::new(store.clone());
     let control = open();
     let app = pay(&control, layer.clone());
-    store.holds_back.store(true, SeqCst);
+    store.holds_back.store(2, SeqCst);
     assert_eq!(call(&app, keyed("k", "a")).await.problem(), "store-unavailable");
-    store.holds_back.store(false, SeqCst);
     let start = Instant::now();
     layer.drain().finished().await;
     assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
     assert_eq!(store.memory.len(), 0);
     assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::CREATED);
     assert_eq!(control.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_arrives_when_its_request_was_told_of_another_one_does_not_stay() {
+    let store = Overtaken::default();
+    let layer = IdempotencyLayer::new(store.clone());
+    let control = gated();
+    let app = support::app::answering(&control, layer.clone(), |run, _, _| {
+        axum::response::IntoResponse::into_response(match run {
+            1 => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::CREATED,
+        })
+    });
+    let running = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    store.holds_back.store(1, SeqCst);
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "request-in-progress");
+    // It frees the key, and behind that comes the other one's first claim.
+    control.let_go();
+    assert_eq!(running.await.unwrap().status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(store.claims.lock().unwrap().is_empty());
+    layer.drain().finished().await;
+    assert_eq!(store.memory.len(), 0);
+    control.let_go();
+    assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::CREATED);
 }
 
 #[tokio::test(start_paused = true)]
@@ -145,9 +171,8 @@ async fn a_takeover_that_arrives_behind_its_end_leaves_what_it_took_over_lost() 
         axum::response::IntoResponse::into_response(format!("run {run} attempt {attempt}"))
     });
     assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
-    store.holds_back.store(true, SeqCst);
+    store.holds_back.store(2, SeqCst);
     assert_eq!(call(&app, keyed("k", "a")).await.problem(), "store-unavailable");
-    store.holds_back.store(false, SeqCst);
     layer.drain().finished().await;
     assert_eq!(call(&app, keyed("k", "a")).await.body, "run 2 attempt 3");
 }
