@@ -5,7 +5,7 @@
 //! Only this file knows the order. [`service`](crate::service) finds the key and [`future`](crate::future) reads the
 //! body before it starts; [`attempt`](crate::attempt) runs the handler and ends what was begun.
 
-use std::{future::Future, mem, pin::Pin, sync::Arc};
+use std::{future::Future, pin::Pin, sync::Arc};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, Version, header, request};
 use http_body::Body;
@@ -228,8 +228,13 @@ pub(crate) async fn begin(shared: &Arc<Shared>, id: &RecordId, claim: &mut Claim
     // The first claim may have been applied and only its answer lost: the same owner gets its own lease back.
     let second = shared.call(shared.store.begin(id, claim)).await;
     if !matches!(second, Ok(Begin::Acquired(_) | Begin::Completed { .. })) {
-        let Ok(next) = Owner::random() else { return second };
-        let owner = mem::replace(&mut claim.owner, next);
+        let owner = claim.owner;
+        match Owner::random() {
+            Ok(next) => claim.owner = next,
+            // With the same one it goes on, so it cannot be ended; after an error it does not.
+            Err(_) if second.is_ok() => return second,
+            Err(_) => {}
+        }
         // It must not stay behind: nothing ran under it.
         let outcome = match claim.takeover {
             None => Outcome::NotExecuted,

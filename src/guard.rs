@@ -261,20 +261,29 @@ async fn apply(shared: &Shared, lease: &Lease, outcome: &Outcome) -> Result<(), 
     }
 }
 
-/// In place of the fence of a claim that the store never answered.
+/// In place of the fence of a claim that was not answered with a lease.
 pub(crate) const NEVER_GRANTED: u64 = 0;
 
-/// Goes on telling the store for as long as a lease lasts, with growing pauses. After that the lease is over, and the
-/// record says by itself that the outcome is unknown.
+/// Goes on telling the store for as long as a lease lasts, with growing pauses, until it answers. After that the lease is
+/// over, and the record says by itself that the outcome is unknown.
 pub(crate) fn settle_later(shared: &Arc<Shared>, lease: Lease, outcome: Outcome) {
     #[cfg(seeded_bug)]
     if crate::seeded::is("gives up at once") {
         return;
     }
     let Ok(runtime) = Handle::try_current() else { return };
+    let was_granted = lease.fence != NEVER_GRANTED;
+    let places = match was_granted {
+        true => &shared.settling,
+        false => &shared.giving_up,
+    };
     // While the store is away every request may leave such a task behind: their number has a limit.
-    let Ok(permit) = Arc::clone(&shared.settling).try_acquire_owned() else {
-        tracing::error!(record = %lease.id, "too many outcomes wait for the store; this one is given up");
+    let Ok(permit) = Arc::clone(places).try_acquire_owned() else {
+        if was_granted {
+            tracing::error!(record = %lease.id, "too many outcomes wait for the store; this one is given up");
+        } else {
+            tracing::warn!(record = %lease.id, "too many claims are to be ended; this one is left, and may hold its key for a lease");
+        }
         return;
     };
     let shared = Arc::clone(shared);
@@ -284,13 +293,17 @@ pub(crate) fn settle_later(shared: &Arc<Shared>, lease: Lease, outcome: Outcome)
         // None: a lease that no clock can count is never over.
         let give_up = Instant::now().checked_add(shared.policy.lease);
         let mut pause = FIRST_PAUSE;
-        // A claim that the store never answered may arrive there behind the word that ends it, and would be in progress
-        // with nobody at it. So that word is said twice.
-        let mut answers = if lease.fence == NEVER_GRANTED { 2 } else { 1 };
+        // A claim that was given up may arrive at the store behind the word that ends it, and would be in progress with
+        // nobody at it. So that word is said twice.
+        let mut answers = if was_granted { 1 } else { 2 };
         loop {
             sleep(pause + Duration::from_millis(random::below(pause.as_millis() as u64))).await;
             let result = apply(&shared, &lease, &outcome).await;
-            answers -= usize::from(!result.as_ref().is_err_and(StoreError::is_retryable));
+            if !result.as_ref().is_err_and(StoreError::is_retryable) {
+                answers -= 1;
+                // The store is there: the next word need not wait long.
+                pause = FIRST_PAUSE;
+            }
             match result {
                 Ok(()) if answers == 0 => return,
                 Ok(()) => {}

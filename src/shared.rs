@@ -36,9 +36,12 @@ pub(crate) struct Shared {
     pub(crate) waiting: Arc<Waiting>,
     /// Outcomes that wait for the store to come back.
     pub(crate) settling: Arc<Semaphore>,
+    /// Claims that were not granted and are to be ended. They have places of their own: nothing ran under them, and an
+    /// answer must not be lost for their sake.
+    pub(crate) giving_up: Arc<Semaphore>,
 }
 
-/// The most outcomes that wait for the store to come back.
+/// The most of each.
 const MAX_SETTLING: usize = 1024;
 
 impl Shared {
@@ -51,6 +54,7 @@ impl Shared {
             tally: Arc::default(),
             waiting: Arc::default(),
             settling: Arc::new(Semaphore::new(MAX_SETTLING)),
+            giving_up: Arc::new(Semaphore::new(MAX_SETTLING)),
         }
     }
 

@@ -160,6 +160,28 @@ async fn a_claim_that_arrives_when_its_request_was_told_of_another_one_does_not_
 }
 
 #[tokio::test(start_paused = true)]
+async fn no_answer_is_lost_for_the_sake_of_claims_that_failed_while_the_store_was_away() {
+    let store = FaultyStore::default();
+    let layer = IdempotencyLayer::new(store.clone());
+    let control = gated();
+    let app = pay(&control, layer.clone());
+    let running = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    store.down(DOWN);
+    // More than have a place to be ended in.
+    for number in 0..1100 {
+        let refused = call(&app, keyed(&format!("other-{number}"), "a")).await;
+        assert_eq!(refused.problem(), "store-unavailable");
+    }
+    control.let_go();
+    let first = running.await.unwrap();
+    store.up();
+    layer.drain().finished().await;
+    let again = call(&app, keyed("k", "a")).await;
+    assert!(again.is_replay() && again.body == first.body, "{again:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_takeover_that_arrives_behind_its_end_leaves_what_it_took_over_lost() {
     let store = Overtaken {
         takeovers_alone: true,
