@@ -196,12 +196,9 @@ async fn the_victim_of_a_deadlock_is_made_again() {
     other.execute(&touch, &[]).await.unwrap();
     other.commit().await.unwrap();
     completing.await.unwrap().unwrap();
-    assert_eq!(
-        server
-            .ask::<i64>("SELECT deadlocks FROM pg_stat_database WHERE datname = 'postgres'")
-            .await,
-        1
-    );
+    // More than one, if the store was back before the other one took the lock that it had waited for.
+    let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = 'postgres'";
+    assert!(server.ask::<i64>(deadlocks).await >= 1);
 }
 
 #[tokio::test]

@@ -59,6 +59,14 @@ impl Only {
         }
     }
 
+    /// That are open.
+    fn connections(&self) -> usize {
+        match self {
+            Self::TokioPostgres(pool) => pool.status().size,
+            Self::Sqlx(pool) => pool.size() as usize,
+        }
+    }
+
     async fn say(&self, sql: &str) {
         match self {
             Self::TokioPostgres(pool) => pool.get().await.unwrap().batch_execute(sql).await.unwrap(),
@@ -116,6 +124,20 @@ async fn a_connection_whose_begin_was_not_answered_is_given_up_and_the_request_r
             ((2, MONEY), 2),
             "{library:?}"
         );
+    }
+}
+
+#[tokio::test]
+async fn a_commit_that_the_server_refuses_costs_no_connection() {
+    for library in BOTH {
+        let bank = Bank::of(library).await;
+        let (node, only, _proxy) = node_behind(&bank, library, 2 * PATIENCE).await;
+        let refused = call(&node, order("k", 5, "INSERT INTO deferred VALUES (1), (1)")).await;
+        assert_eq!(refused.problem(), "transaction-failed", "{library:?}");
+        assert_eq!(only.connections(), 1, "{library:?}");
+        only.say("INSERT INTO transfers (reference, amount) VALUES ('somebody else', 1)")
+            .await;
+        assert_eq!(bank.books().await, (2, MONEY), "{library:?}: it is in no transaction");
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::Notify,
+    sync::watch,
     task::JoinSet,
 };
 
@@ -37,7 +37,7 @@ pub struct CommitProxy {
     pub refuse_after_cut: Arc<AtomicBool>,
     refuse: Arc<AtomicBool>,
     cuts: Arc<AtomicUsize>,
-    sever: Arc<Notify>,
+    sever: Arc<watch::Sender<()>>,
     _connections: JoinSet<()>,
 }
 
@@ -48,7 +48,7 @@ impl CommitProxy {
         let next: Arc<Mutex<Box<Next>>> = Arc::new(Mutex::new(Box::new(|| None)));
         let (refuse_after_cut, refuse): (Arc<AtomicBool>, Arc<AtomicBool>) = Default::default();
         let cuts = Arc::<AtomicUsize>::default();
-        let sever = Arc::<Notify>::default();
+        let sever = Arc::new(watch::Sender::new(()));
         let server = Arc::new(AtomicU16::new(port));
         let leads_to = Arc::clone(&server);
         let mut connections = JoinSet::new();
@@ -66,10 +66,12 @@ impl CommitProxy {
                 if pass.refuse.load(SeqCst) {
                     continue;
                 }
+                // One that is cut while it is still being made is cut, too.
+                let severed = pass.sever.subscribe();
                 let Ok(server) = TcpStream::connect(("127.0.0.1", leads_to.load(SeqCst))).await else {
                     continue;
                 };
-                passing.spawn(pass.clone().pass(client, server));
+                passing.spawn(pass.clone().pass(client, server, severed));
             }
         });
         Self {
@@ -106,7 +108,7 @@ impl CommitProxy {
 
     /// Cuts all connections that stand, whatever they are at.
     pub fn sever(&self) {
-        self.sever.notify_waiters();
+        self.sever.send_replace(());
     }
 
     /// How many COMMITs were cut.
@@ -127,7 +129,7 @@ struct Passing {
     refuse_after_cut: Arc<AtomicBool>,
     refuse: Arc<AtomicBool>,
     cuts: Arc<AtomicUsize>,
-    sever: Arc<Notify>,
+    sever: Arc<watch::Sender<()>>,
 }
 
 fn contains(bytes: &[u8], part: &[u8]) -> bool {
@@ -135,12 +137,12 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
 }
 
 impl Passing {
-    async fn pass(self, mut client: TcpStream, mut server: TcpStream) {
+    async fn pass(self, mut client: TcpStream, mut server: TcpStream, mut severed: watch::Receiver<()>) {
         let _ = (client.set_nodelay(true), server.set_nodelay(true));
         let (mut asked, mut answered) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
         loop {
             tokio::select! {
-                () = self.sever.notified() => return,
+                _ = severed.changed() => return,
                 read = client.read(&mut asked) => {
                     let Ok(length @ 1..) = read else { return };
                     let asked = &asked[..length];

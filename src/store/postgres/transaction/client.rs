@@ -126,8 +126,14 @@ impl Connection for Open {
 impl Open {
     async fn end(self, flight: Vec<Say>) -> Result<(), Failure> {
         let answers = self.answers(&flight).await?;
-        // Whatever failed before: when the last statement was answered there is no transaction any more.
-        if matches!(answers.last(), Some(Ok(_))) {
+        let is_over = match answers.last() {
+            // Whatever failed before: when the last statement was answered there is no transaction any more.
+            Some(Ok(_)) => true,
+            // The server says so before it has undone it. Nobody is told until it has: the next attempt may come at once.
+            Some(Err(error)) if error.as_db_error().is_some() => self.say(&[Say::Plain("ROLLBACK")]).await.is_ok(),
+            _ => false,
+        };
+        if is_over {
             self.give_back();
         }
         first_failure(answers).map(drop)

@@ -133,17 +133,11 @@ impl Connection for Open {
     }
 
     async fn commit(self, mut flight: Vec<Say>) -> Result<(), Failure> {
-        // sqlx ends a transaction with a statement of its own, which would be one more flight where all else is one. So
-        // there the next one begins at once, empty, and that is what it rolls back when the connection returns to its
-        // pool.
-        if !self.prepared {
-            flight.push(Say::Plain("COMMIT AND CHAIN"));
-        }
-        let (open, _) = self.say_or_roll_back(flight).await?;
-        match open.prepared {
-            true => Ok(open.transaction.commit().await?),
-            false => Ok(()),
-        }
+        // sqlx ends a transaction with a statement of its own, which is one more flight where all else is one, and tells
+        // of a commit that failed before the server has undone it. So the next transaction begins at once, empty, and
+        // that is what it rolls back when the connection returns to its pool.
+        flight.push(Say::Plain("COMMIT AND CHAIN"));
+        self.say_or_roll_back(flight).await.map(drop)
     }
 
     async fn roll_back(mut self, check: Option<Say>) -> Result<(), Failure> {
