@@ -90,6 +90,7 @@ mod tests {
     #[test]
     fn below_stays_below() {
         assert!((0..100).all(|_| super::below(3) < 3));
+        assert!((0..100).any(|_| super::below(1 << 32) > 0), "it spreads");
         assert_eq!(super::below(0), 0);
     }
 }

@@ -233,6 +233,21 @@ async fn a_copy_is_given_no_longer_than_its_record_is_kept() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_copy_whose_time_is_over_gives_its_room_back_when_it_is_asked_for() {
+    let cached = Cached::new(Remote::default());
+    completed(&cached, 1, SECOND).await;
+    completed(&cached, 2, 10 * SECOND).await;
+    assert_eq!(
+        (look(&cached, 1).await, look(&cached, 2).await),
+        ("completed", "completed")
+    );
+    let both = cached.bytes();
+    advance(2 * SECOND).await;
+    acquire(&cached, 1).await;
+    assert_eq!(cached.bytes(), both / 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_copy_of_a_copy_lives_no_longer_either() {
     let remote = Remote::default();
     let store = Cached::new(Cached::new(remote.clone()));

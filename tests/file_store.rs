@@ -675,6 +675,41 @@ async fn changes_that_wait_together_share_a_sync() {
 }
 
 #[tokio::test]
+async fn a_claim_that_nobody_waits_for_any_more_is_not_made() {
+    let machine = Machine::new();
+    let store = machine.open().await;
+    complete(&store, 1, Retention::Forever).await;
+    let (store, medium) = (&store, &machine.medium);
+    let syncs = medium.syncs();
+    medium.block_syncs(true);
+    let writing = tokio::spawn({
+        let store = store.clone();
+        async move { acquire(&store, 2).await }
+    });
+    yield_until(|| medium.syncs() > syncs).await;
+    // The writer is in the middle of its sync, and takes these up afterwards.
+    let mut left: Vec<_> = (10..20)
+        .map(|number| {
+            let (store, id, claim) = (store.clone(), id(number), claim());
+            Box::pin(async move { store.begin(&id, &claim).await })
+        })
+        .collect();
+    for claim in &mut left {
+        assert!(poll_once(claim).await.is_none());
+    }
+    // By now the readers have handed them on.
+    for _ in 0..10 {
+        assert_eq!(state(store, 1).await, "completed");
+    }
+    drop(left);
+    medium.block_syncs(false);
+    writing.await.unwrap();
+    for number in 10..20 {
+        assert_eq!(state(store, number).await, "vacant", "{number}");
+    }
+}
+
+#[tokio::test]
 async fn a_claim_whose_future_is_dropped_was_made_wholly_or_not_at_all() {
     let machine = Machine::new();
     let store = machine.open().await;
@@ -948,6 +983,19 @@ async fn what_a_lost_process_left_is_inspected_too_and_opens_afterwards() {
     for number in 0..20 {
         assert_eq!(state(&store, number).await, "completed");
     }
+}
+
+#[tokio::test]
+async fn how_many_records_there_are_is_known_from_the_opening_on() {
+    let machine = Machine::new();
+    let store = machine.open().await;
+    assert_eq!((store.len(), store.is_empty()), (0, true));
+    for number in 0..3 {
+        complete(&store, number, Retention::Forever).await;
+    }
+    assert_eq!((store.len(), store.is_empty()), (3, false));
+    store.close().await;
+    assert_eq!(machine.open().await.len(), 3);
 }
 
 #[tokio::test]

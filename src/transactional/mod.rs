@@ -8,6 +8,8 @@
 mod claim;
 mod run;
 mod slot;
+#[cfg(test)]
+mod tests;
 
 use std::{future::Future, pin::Pin};
 

@@ -192,6 +192,16 @@ mod tests {
     }
 
     #[test]
+    fn a_journal_of_no_length_is_damage_and_the_least_of_tables_is_enough() {
+        for (checked, least) in [(false, 1), (true, 2 * BLOCK)] {
+            let head = |journal| Layout::new(journal, checked).encode();
+            let whole = |journal, tables| Layout::decode(&head(journal), BLOCK + journal + tables).is_ok();
+            assert!(whole(BLOCK, least) && !whole(BLOCK, least - 1));
+            assert!(!whole(0, 1 << 20) && !whole(BLOCK + 1, 1 << 20));
+        }
+    }
+
+    #[test]
     fn a_file_that_ends_before_its_tables_is_damaged() {
         for len in [17, 29, 4096, (8 << 20) + 4096] {
             let head = &HEAD_OF_8_MIB[..HEAD_OF_8_MIB.len().min(len)];

@@ -37,6 +37,8 @@ mod reader;
 mod sector;
 mod shared;
 mod tables;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::{

@@ -136,3 +136,40 @@ fn sync_directory(path: &Path) -> io::Result<()> {
 fn sync_directory(_: &Path) -> io::Result<()> {
     Ok(())
 }
+
+#[cfg(all(test, unix))]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::store::file::clock::{Opening, SystemClock};
+
+    #[test]
+    fn the_directory_that_is_synced_is_the_files_own() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(sync_directory(&directory.path().join("store")).is_ok());
+        assert!(sync_directory(&directory.path().join("gone/store")).is_err());
+        // A name alone is in the present one.
+        assert!(sync_directory(Path::new("store")).is_ok());
+    }
+
+    #[test]
+    fn a_link_that_leads_nowhere_is_left_as_it_is_and_told_of_in_the_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        std::os::unix::fs::symlink(directory.path().join("gone"), &path).unwrap();
+        let first = Opening::now(Arc::new(SystemClock::new())).stamp();
+        let settings = Settings {
+            journal_bytes: 1,
+            ..Settings::default()
+        };
+        let error = disk(&path, &first, &settings).unwrap_err();
+        assert_eq!(error.kind(), FileStoreErrorKind::NotAccessible);
+        assert!(fs::symlink_metadata(&path).unwrap().is_symlink());
+        assert_eq!(
+            fs::read_dir(&directory).unwrap().count(),
+            1,
+            "nothing is left beside it"
+        );
+    }
+}

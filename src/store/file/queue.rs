@@ -327,7 +327,7 @@ mod tests {
         assert!(begin.is_gone());
         begin.answer(Err(crate::error::StoreErrorKind::Full.into()));
         assert!(begin.is_gone() && begin.answer.is_none());
-        assert_eq!(WriteJob::Begin(begin).bytes(), 0);
+        assert_eq!((begin.bytes(), WriteJob::Begin(begin).bytes()), (0, 0));
         let not_kept = StoredResponse::not_kept(http::StatusCode::OK);
         for (change, bytes) in [
             (Change::Complete(not_kept.clone(), 1), not_kept.len()),

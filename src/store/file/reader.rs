@@ -138,7 +138,7 @@ fn find(shared: &Shared, job: &BeginJob, stored: &[u8]) -> Result<Option<Begin>,
 }
 
 /// A damaged page, or any failure that another thread was told of.
-fn is_for_the_writer(error: &redb::Error) -> bool {
+pub(super) fn is_for_the_writer(error: &redb::Error) -> bool {
     match error {
         redb::Error::PreviousIo => true,
         redb::Error::Io(error) => ChangedPage::of(error).is_some(),

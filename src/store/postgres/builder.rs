@@ -194,3 +194,41 @@ fn notices_its_client_is_gone(every: Duration) -> String {
          AND current_setting('client_connection_check_interval', true) = '0'"
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_setting_is_kept_whatever_is_set_after_it() {
+        let default = PostgresStoreBuilder::default();
+        assert_eq!((default.timeout, default.max_connections), (Duration::from_secs(1), 16));
+        assert_eq!(default.purge_every, Some(Duration::from_secs(10)));
+        let set = default
+            .table(PostgresTable::new("own", "records"))
+            .create_table(true)
+            .timeout(Duration::from_secs(7))
+            .max_connections(3)
+            .prepared_statements(false)
+            .purge_every(None)
+            .refuse_forgetful_server(true);
+        assert_eq!(set.table, PostgresTable::new("own", "records"));
+        assert_eq!((set.timeout, set.max_connections), (Duration::from_secs(7), 3));
+        assert_eq!(set.purge_every, None);
+        assert!(set.create_table && !set.prepared_statements && set.refuse_forgetful_server);
+    }
+
+    #[test]
+    fn a_session_looks_for_its_client_as_often_as_a_step_may_last_and_the_server_can_count() {
+        for (every, millis) in [
+            (Duration::from_micros(1), 1),
+            (Duration::from_millis(1500), 1500),
+            (Duration::MAX, i32::MAX),
+        ] {
+            let said = notices_its_client_is_gone(every);
+            let set = format!("SELECT set_config('client_connection_check_interval', '{millis}ms', false) ");
+            assert!(said.starts_with(&set), "{said}");
+            assert!(said.contains(">= 140000") && said.ends_with("= '0'"), "{said}");
+        }
+    }
+}

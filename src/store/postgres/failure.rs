@@ -62,7 +62,64 @@ pub(crate) fn is_rolled_back(error: &StoreError) -> bool {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use tokio::io::AsyncWriteExt;
+    use tokio_postgres::{Config, NoTls};
+
     use super::*;
+
+    /// The error that a server's refusal of a log-in is; without one, that of a connection that breaks.
+    async fn refused_with(code: Option<&str>) -> Error {
+        let (client, mut server) = tokio::io::duplex(1024);
+        if let Some(code) = code {
+            let said = format!("SERROR\0VERROR\0C{code}\0Mno\0\0");
+            let length = u32::try_from(said.len()).unwrap() + 4;
+            let message = [b"E", &length.to_be_bytes()[..], said.as_bytes()].concat();
+            server.write_all(&message).await.unwrap();
+        } else {
+            drop(server);
+        }
+        match Config::new().user("app").connect_raw(client, NoTls).await {
+            Ok(_) => unreachable!("it is refused"),
+            Err(error) => error,
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_undone_for_the_sake_of_another_step_is_repeated_and_nothing_else_is() {
+        for (code, repeated) in [
+            (Some("40001"), true),
+            (Some("40P01"), true),
+            (Some("23505"), false),
+            (Some("57014"), false),
+            (Some("04000"), false),
+            (None, false),
+        ] {
+            let error = classify(refused_with(code).await);
+            assert_eq!(is_rolled_back(&error), repeated, "{code:?}");
+        }
+        assert!(!is_rolled_back(&StoreErrorKind::Unavailable.into()));
+    }
+
+    #[tokio::test]
+    async fn an_error_of_the_server_is_of_its_codes_kind_and_a_wrong_setting_never_gets_better() {
+        for (code, kind) in [
+            (Some("53100"), StoreErrorKind::Full),
+            (Some("42501"), StoreErrorKind::Other),
+            (Some("57P03"), StoreErrorKind::Unavailable),
+            (None, StoreErrorKind::Unavailable),
+        ] {
+            let error = refused_with(code).await;
+            assert_eq!(classify(error).kind(), kind, "{code:?}");
+            let from_a_pool = PoolError::Backend(refused_with(code).await);
+            assert_eq!(of_pool(from_a_pool).kind(), kind, "{code:?}");
+        }
+        let Err(without_a_host) = Config::new().connect(NoTls).await else {
+            unreachable!("it leads nowhere")
+        };
+        assert_eq!(classify(without_a_host).kind(), StoreErrorKind::Other);
+    }
 
     #[test]
     fn what_may_be_gone_when_it_is_tried_again_is_unavailable() {

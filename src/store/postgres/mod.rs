@@ -8,6 +8,8 @@ pub(crate) mod record;
 mod server;
 pub(crate) mod statements;
 mod table;
+#[cfg(test)]
+mod tests;
 mod transaction;
 mod waiters;
 

@@ -30,7 +30,7 @@ pub(super) async fn check(
     let deadline = connections.deadline();
     let rows = connections.query(FACTS, &[], deadline).await?;
     let row = rows.first().ok_or(StoreErrorKind::Unavailable)?;
-    if row.get::<_, i32>("version") < OLDEST {
+    if is_too_old(row.get("version")) {
         return Err(refused("the server is older than PostgreSQL 13"));
     }
     // A claim there would fail, and what it holds may be old.
@@ -66,6 +66,10 @@ pub(super) async fn check(
     connections.query(look, &values, deadline).await.map(drop)
 }
 
+fn is_too_old(version: i32) -> bool {
+    version < OLDEST
+}
+
 fn refused(reason: &str) -> StoreError {
     StoreError::with_source(StoreErrorKind::Other, reason)
 }
@@ -95,6 +99,14 @@ impl Facts {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_oldest_server_is_the_first_of_its_version() {
+        assert_eq!(
+            [120_022, 129_999, 130_000, 170_002].map(is_too_old),
+            [true, true, false, false]
+        );
+    }
 
     #[test]
     fn a_server_that_answers_before_it_wrote_is_dangerous() {

@@ -110,7 +110,7 @@ impl Waiters {
     }
 
     /// `None` if nobody listens: then the task that asks is over, and the next listener starts another.
-    fn records(&self) -> Option<Vec<RecordId>> {
+    pub(super) fn records(&self) -> Option<Vec<RecordId>> {
         let mut state = self.state();
         if state.records.is_empty() {
             state.asking = None;

@@ -8,6 +8,8 @@ mod keys;
 mod record;
 mod scripts;
 mod server;
+#[cfg(test)]
+mod tests;
 mod tls;
 mod waiters;
 mod way;

@@ -310,6 +310,20 @@ mod tests {
     }
 
     #[test]
+    fn an_attempt_that_was_abandoned_is_told_of_while_its_record_lives() {
+        let mut bytes = in_progress(&claim(), 5).to_vec();
+        bytes[1] = ABANDONED;
+        let id = RecordId::from_bytes([7; 32]);
+        let look = |time_to_live| Record::decode(bytes.clone()).unwrap().found(&id, time_to_live);
+        for time_to_live in [0, 1, 90_000] {
+            assert!(matches!(look(time_to_live), Ok(Begin::Abandoned { lost, .. }) if lost.fence == 5));
+        }
+        assert_eq!(look(-1).unwrap_err().kind(), StoreErrorKind::Corrupt);
+        let longer = [&bytes[..], b"x"].concat();
+        assert_eq!(Record::decode(longer).unwrap_err().kind(), StoreErrorKind::Corrupt);
+    }
+
+    #[test]
     fn durations_are_counted_up_to_whole_milliseconds_and_never_overflow() {
         assert_eq!(millis(Duration::ZERO), 0);
         assert_eq!(millis(Duration::from_nanos(1)), 1);
@@ -346,6 +360,7 @@ mod tests {
         };
         assert_eq!(left(look(1500)), Some(500));
         assert_eq!(left(look(1000)), Some(0));
+        assert!(matches!(look(0), Ok(Begin::Abandoned { .. })));
         assert!(matches!(look(999), Ok(Begin::Abandoned { lost, .. }) if lost.fence == 1));
         assert_eq!(look(-1).unwrap_err().kind(), StoreErrorKind::Corrupt);
     }

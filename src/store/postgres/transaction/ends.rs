@@ -117,4 +117,39 @@ mod tests {
         drop(waking);
         assert!(first.as_mut().poll(&mut cx).is_ready() && second.as_mut().poll(&mut cx).is_pending());
     }
+
+    #[test]
+    fn a_transaction_that_was_committed_wakes_all_who_wait_for_it_and_nobody_else() {
+        let ends = Arc::<Ends>::default();
+        let (id, another) = (RecordId::from_bytes([1; 32]), RecordId::from_bytes([2; 32]));
+        let (mut first, mut second) = (Box::pin(ends.over(id)), Box::pin(ends.over(id)));
+        let mut else_where = pin!(ends.over(another));
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        assert!(first.as_mut().poll(&mut cx).is_pending() && second.as_mut().poll(&mut cx).is_pending());
+        assert!(else_where.as_mut().poll(&mut cx).is_pending());
+        assert_eq!(ends.lock().get(&id).map(|(_, count)| *count), Some(2));
+        let mut waking = Waking::of(&ends, id);
+        waking.claimed();
+        waking.committed();
+        drop(waking);
+        assert!(first.as_mut().poll(&mut cx).is_ready() && second.as_mut().poll(&mut cx).is_ready());
+        assert!(else_where.as_mut().poll(&mut cx).is_pending());
+        drop((first, second));
+        let listened: Vec<_> = ends.lock().keys().copied().collect();
+        assert_eq!(listened, [another], "nothing is left of those who have heard");
+    }
+
+    #[test]
+    fn who_leaves_takes_no_other_listener_along() {
+        let ends = Arc::<Ends>::default();
+        let id = RecordId::from_bytes([1; 32]);
+        let (mut leaves, mut stays) = (Box::pin(ends.over(id)), pin!(ends.over(id)));
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        assert!(leaves.as_mut().poll(&mut cx).is_pending() && stays.as_mut().poll(&mut cx).is_pending());
+        drop(leaves);
+        let mut waking = Waking::of(&ends, id);
+        waking.claimed();
+        drop(waking);
+        assert!(stays.as_mut().poll(&mut cx).is_ready());
+    }
 }

@@ -187,3 +187,33 @@ impl Failure {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transaction_that_fails_is_undone_unless_its_connection_was_lost_with_it() {
+        use StoreErrorKind::{Corrupt, Full, Other, Unavailable};
+        for (code, fatal, kind, ended) in [
+            (None, false, Unavailable, "Unknown"),
+            (Some("57P01"), true, Unavailable, "Unknown"),
+            (Some("22012"), true, Other, "Unknown"),
+            (Some("22012"), false, Other, "Misused"),
+            (Some("25P01"), false, Other, "Misused"),
+            (Some("3B001"), false, Other, "Misused"),
+            (Some("40001"), false, Unavailable, "RolledBack"),
+            (Some("53100"), false, Full, "RolledBack"),
+            (Some("23505"), false, Other, "Failed"),
+            (Some("XX001"), false, Corrupt, "Failed"),
+        ] {
+            let failure = Failure {
+                code: code.map(str::to_owned),
+                fatal,
+                error: kind.into(),
+            };
+            let found = format!("{:?}", failure.into_end());
+            assert!(found.starts_with(ended), "{code:?} {fatal} {found}");
+        }
+    }
+}

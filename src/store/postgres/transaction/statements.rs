@@ -215,3 +215,34 @@ impl Locks {
 fn low(hash: u64) -> i32 {
     (hash as u32).cast_signed()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As first released. Nodes of every version meet at these: they never change.
+    #[test]
+    fn the_locks_of_a_record_are_what_they_were_first() {
+        let (id, request) = (RecordId::from_bytes([0x5a; 32]), Fingerprint::new(3, [7; 32]));
+        let locks = Locks::of("\"public\".\"records\"", &id, &request);
+        assert_eq!(
+            (locks.first, locks.second),
+            ((700032591, 0x3807a9c), 3533555335551362639)
+        );
+        let [Value::Int(class), Value::Int(key), Value::Long(second)] = locks.values() else {
+            unreachable!("two numbers and a long one")
+        };
+        assert_eq!(((class, key), second), (locks.first, locks.second));
+    }
+
+    #[test]
+    fn requests_share_the_lock_over_their_record_and_no_other() {
+        let (id, another) = (RecordId::from_bytes([1; 32]), RecordId::from_bytes([2; 32]));
+        let request = |digest| Fingerprint::new(1, [digest; 32]);
+        let (one, two) = (Locks::of("t", &id, &request(1)), Locks::of("t", &id, &request(2)));
+        assert_eq!((one.second, one.first.0), (two.second, two.first.0));
+        assert_ne!(one.first.1, two.first.1);
+        assert_ne!(one.second, Locks::of("t", &another, &request(1)).second);
+        assert_ne!(one.second, Locks::of("u", &id, &request(1)).second);
+    }
+}

@@ -97,4 +97,23 @@ mod tests {
         let expected = r#"SELECT (-7)::bigint, '\x00ab'::bytea::bytea, '$1', E'it\'s'::text FROM "a$1"."b""$2";"#;
         assert_eq!(text([Say::ask(&sql.into(), values)]), expected);
     }
+
+    #[test]
+    fn lists_are_written_whole_and_the_tenth_value_is_not_the_first() {
+        let lists = [
+            Value::BytesList(vec![vec![1], vec![0xf2, 3], vec![]]),
+            Value::IntList(vec![1, -2]),
+            Value::from(-3_i16),
+            Value::from(-4_i32),
+        ];
+        let filling = (5..13).map(|number| Value::from(10 * number));
+        let sql = "SELECT $1, $2, $3, $4, $10, $12, '' || $13";
+        let expected = "SELECT ARRAY['\\x01'::bytea,'\\xf203'::bytea,'\\x'::bytea], ARRAY[1, -2], (-3), (-4), (100), \
+                        (120), '' || ;BEGIN;";
+        let flight = [
+            Say::ask(&sql.into(), lists.into_iter().chain(filling)),
+            Say::Plain("BEGIN"),
+        ];
+        assert_eq!(text(flight), expected);
+    }
 }

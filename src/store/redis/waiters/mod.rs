@@ -208,6 +208,26 @@ mod tests {
     }
 
     #[test]
+    fn a_channel_is_subscribed_to_for_its_first_listener_and_left_with_its_last() {
+        let waiters = waiters();
+        let id = RecordId::from_bytes([1; 32]);
+        let (orders, mut received) = unbounded_channel();
+        waiters.state().orders = Some(orders);
+        let mut ordered = || match received.try_recv() {
+            Ok(Order::Subscribe(of)) => Some(("subscribe", of)),
+            Ok(Order::Left(of)) => Some(("left", of)),
+            Err(_) => None,
+        };
+        waiters.enter(id);
+        assert_eq!(ordered(), Some(("subscribe", id)));
+        waiters.enter(id);
+        waiters.leave(&id);
+        assert_eq!(ordered(), None, "one listens all the time");
+        waiters.leave(&id);
+        assert_eq!(ordered(), Some(("left", id)));
+    }
+
+    #[test]
     fn without_a_subscription_nothing_is_left_of_who_left() {
         let waiters = waiters();
         let id = RecordId::from_bytes([1; 32]);

@@ -1,0 +1,196 @@
+//! What needs no server.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use redis::{Cmd, Pipeline, RedisFuture, RedisResult, Value, aio::ConnectionLike};
+use tokio::time::Instant;
+
+use super::{
+    RedisStore, RedisStoreBuilder, Said, address,
+    connection::{Connection, Flight, Kind, Settings},
+    tls::Certificates,
+    way::Way,
+};
+use crate::error::StoreErrorKind;
+
+/// Answers as it is told to, each time it is asked; with nothing after the last.
+#[derive(Clone, Default)]
+struct Told {
+    answers: Arc<Mutex<VecDeque<RedisResult<Value>>>>,
+    asked: Arc<Mutex<Vec<Instant>>>,
+}
+
+impl Told {
+    fn to(answers: impl IntoIterator<Item = RedisResult<Value>>) -> Self {
+        let told = Self::default();
+        told.answers.lock().unwrap().extend(answers);
+        told
+    }
+
+    fn asked(&self) -> Vec<Instant> {
+        self.asked.lock().unwrap().clone()
+    }
+}
+
+impl ConnectionLike for Told {
+    fn req_packed_command<'a>(&'a mut self, _: &'a Cmd) -> RedisFuture<'a, Value> {
+        self.asked.lock().unwrap().push(Instant::now());
+        let answer = self.answers.lock().unwrap().pop_front();
+        let nothing = Value::BulkString(Vec::new());
+        Box::pin(async move { answer.unwrap_or(Ok(nothing)) })
+    }
+
+    fn req_packed_commands<'a>(&'a mut self, _: &'a Pipeline, _: usize, _: usize) -> RedisFuture<'a, Vec<Value>> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
+
+    fn get_db(&self) -> i64 {
+        0
+    }
+}
+
+fn broken() -> RedisResult<Value> {
+    Err(std::io::Error::from(std::io::ErrorKind::BrokenPipe).into())
+}
+
+fn says(info: &str) -> RedisResult<Value> {
+    Ok(Value::BulkString(info.into()))
+}
+
+#[test]
+fn a_way_is_known_by_its_url_for_what_it_can_do() {
+    let abilities = |way: &Way| [way.is_cluster(), way.has_ears(), way.mends_itself()];
+    let by = |url| address::way(url, &Certificates::default()).unwrap();
+    assert_eq!(abilities(&by("redis://localhost")), [false, true, false]);
+    assert_eq!(abilities(&by("redis+sentinel://localhost/main")), [false, true, false]);
+    assert_eq!(abilities(&by("redis+cluster://localhost")), [true, true, true]);
+    // What is published is not heard there.
+    assert_eq!(abilities(&Way::Own(Box::new(Told::default()))), [false, false, true]);
+}
+
+#[test]
+fn what_a_script_says_without_a_time_to_live_has_none() {
+    let read = |parts| Said::read(Value::Array(parts)).map(|said| (said.what, said.value, said.left));
+    let bytes = || Value::BulkString(b"x".to_vec());
+    assert_eq!(read(vec![Value::Int(1)]).unwrap(), (1, None, -1));
+    assert_eq!(
+        read(vec![Value::Int(3), bytes()]).unwrap(),
+        (3, Some(b"x".to_vec()), -1)
+    );
+    assert_eq!(
+        read(vec![Value::Int(0), bytes(), Value::Int(7)]).unwrap(),
+        (0, Some(b"x".to_vec()), 7)
+    );
+    for wrong in [vec![], vec![bytes()], vec![Value::Int(1), Value::Int(1)]] {
+        assert_eq!(read(wrong).unwrap_err().kind(), StoreErrorKind::Unavailable);
+    }
+    assert!(Said::read(Value::Int(1)).is_err());
+}
+
+#[tokio::test]
+async fn a_store_says_what_its_keys_begin_with_and_no_secret_of_its_own() {
+    let builder = RedisStoreBuilder::default().prefix("shop:");
+    #[cfg(feature = "redis-tls")]
+    let builder = builder.client_certificate("a certificate", "a secret key");
+    assert!(!format!("{builder:?}").contains("secret") && format!("{builder:?}").contains("Certificates(..)"));
+    let store: RedisStore = builder.connect_with(Told::default()).await.unwrap();
+    let said = format!("{store:?}");
+    assert!(said.starts_with("RedisStore {") && said.contains("shop:"), "{said}");
+}
+
+/// By default one that works for ever.
+fn connection(told: &Told, timeout: Duration) -> Connection {
+    let settings = Settings {
+        timeout,
+        refuse_forgetful_server: false,
+        replicas: None,
+    };
+    Connection::new(Arc::new(Way::Own(Box::new(told.clone()))), settings)
+}
+
+async fn ask(connection: &Connection) -> RedisResult<Value> {
+    let flight = Flight {
+        key: b"key",
+        before: None,
+        step: &redis::cmd("PING"),
+        kind: Kind::Change,
+    };
+    connection.send(flight, connection.deadline()).await.answer
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_each_try_to_connect_that_fails_the_pause_is_twice_as_long_and_half_as_much_again_by_chance() {
+    let tries = 8;
+    let told = Told::to((0..tries).map(|_| broken()));
+    let connection = connection(&told, Duration::from_secs(10));
+    for _ in 0..tries {
+        assert!(ask(&connection).await.is_err());
+    }
+    // The server is back: one more question at the opening, and then the step.
+    ask(&connection).await.unwrap();
+    let asked = told.asked();
+    let pauses: Vec<_> = asked.windows(2).map(|two| two[1] - two[0]).collect();
+    let expected = [25, 50, 100, 200, 400, 500, 500, 500].map(Duration::from_millis);
+    for (pause, least) in pauses.iter().zip(expected) {
+        // A timer counts whole milliseconds.
+        let most = least * 3 / 2 + Duration::from_millis(2);
+        assert!((least..=most).contains(pause), "{pause:?} where {least:?} is the least");
+    }
+    assert_eq!(pauses.len(), tries + 1);
+    // It begins with the shortest again.
+    assert_eq!(pauses.last(), Some(&Duration::ZERO));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_has_ended_is_given_up_once_and_the_next_one_is_used() {
+    // The questions at its opening, and a step.
+    let told = Told::to([says(""), broken(), says(""), says("second"), says("third")]);
+    let connection = connection(&told, Duration::from_secs(10));
+    let first = ask(&connection).await;
+    assert!(first.is_err());
+    // Whatever it was that ended, an opening comes before the next step.
+    let answers = [ask(&connection).await, ask(&connection).await];
+    assert_eq!(
+        answers.map(Result::unwrap),
+        ["second", "third"].map(|answer| Value::BulkString(answer.into()))
+    );
+}
+
+#[tokio::test]
+async fn a_server_that_is_too_old_is_refused_whatever_its_version_is_made_of() {
+    let connect = async |info: &str| {
+        let told = Told::to([says(info)]);
+        let opened = RedisStoreBuilder::default().connect_with(told).await;
+        opened.map(drop).map_err(|error| error.kind())
+    };
+    for (version, works) in [
+        ("6.2.14", false),
+        ("6.9.0", false),
+        ("7.0.0", true),
+        ("7.2.4", true),
+        ("8.0.1", true),
+        ("10.1.0", true),
+        ("unknown", true),
+    ] {
+        let connected = connect(&format!("redis_version:{version}\r\n")).await;
+        let expected = if works { Ok(()) } else { Err(StoreErrorKind::Other) };
+        assert_eq!(connected, expected, "{version}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_may_not_be_asked_what_it_is_is_used_and_one_that_fails_is_not() {
+    let no = |code: &'static str| Err(redis::make_extension_error(code.to_owned(), None));
+    let connect = async |answer| {
+        let opened = RedisStoreBuilder::default().connect_with(Told::to([answer])).await;
+        opened.map(drop).map_err(|error| error.kind())
+    };
+    assert_eq!(connect(no("NOPERM")).await, Ok(()));
+    assert_eq!(connect(no("WRONGPASS")).await, Err(StoreErrorKind::Other));
+    assert_eq!(connect(broken()).await, Err(StoreErrorKind::Unavailable));
+}
