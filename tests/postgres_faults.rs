@@ -665,6 +665,10 @@ impl Subject for Pooled {
     async fn pass(&self, time: Duration) {
         tokio::time::sleep(time).await;
     }
+
+    fn waits(&self) -> bool {
+        true
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

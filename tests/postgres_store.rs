@@ -90,8 +90,8 @@ impl Subject for Real {
         tokio::time::sleep(time).await;
     }
 
-    fn tick(&self) -> Duration {
-        Duration::from_millis(500)
+    fn waits(&self) -> bool {
+        true
     }
 }
 

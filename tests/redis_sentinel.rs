@@ -33,8 +33,8 @@ impl Subject for Real {
         tokio::time::sleep(time).await;
     }
 
-    fn tick(&self) -> Duration {
-        Duration::from_millis(400)
+    fn waits(&self) -> bool {
+        true
     }
 }
 

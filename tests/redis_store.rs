@@ -70,8 +70,8 @@ impl<S: Store, M: Future<Output = S> + Send, F: Fn() -> M + Sync> Subject for Ma
         tokio::time::sleep(time).await;
     }
 
-    fn tick(&self) -> Duration {
-        Duration::from_millis(400)
+    fn waits(&self) -> bool {
+        true
     }
 }
 

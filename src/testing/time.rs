@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Bench, Report, Subject, response};
+use super::{Bench, Checks, Subject, response};
 use crate::{
     codec::StoredResponse,
     error::StoreError,
@@ -10,50 +10,38 @@ use crate::{
     store::Store,
 };
 
-pub(super) async fn check(subject: &impl Subject, report: &mut Report) {
-    report.add(
-        5,
-        "a lease lasts as long as asked, and then it is over",
-        lease(subject).await,
-    );
-    report.add(5, "a renewed lease lasts from its renewal", renewed(subject).await);
-    report.add(
-        5,
-        "durations that no clock can count are for ever",
-        endless(subject).await,
-    );
-    report.add(
+pub(super) fn check<'a>(subject: &'a impl Subject, checks: &mut Checks<'a>) {
+    checks.add(5, "a lease lasts as long as asked, and then it is over", lease(subject));
+    checks.add(5, "a renewed lease lasts from its renewal", renewed(subject));
+    checks.add(5, "durations that no clock can count are for ever", endless(subject));
+    checks.add(
         6,
         "a completed record is kept for its retention and then vacant",
-        retention(subject).await,
+        retention(subject),
     );
-    report.add(
-        6,
-        "a retention counts from the completion",
-        from_completion(subject).await,
-    );
-    report.add(
+    checks.add(6, "a retention counts from the completion", from_completion(subject));
+    checks.add(
         6,
         "an abandoned record is kept for the claim's retention and then vacant",
-        abandoned(subject).await,
+        abandoned(subject),
     );
-    report.add(
+    checks.add(
         6,
         "a record that nobody ended is kept for its lease and the claim's retention",
-        never_ended(subject).await,
+        never_ended(subject),
     );
-    report.add(
+    checks.add(
         6,
         "a renewed and lost record is kept for the claim's retention",
-        renewed_and_lost(subject).await,
+        renewed_and_lost(subject),
     );
-    report.add(6, "what is kept for ever does not expire", forever(subject).await);
-    report.add(
+    checks.add(6, "what is kept for ever does not expire", forever(subject));
+    checks.add(
         12,
         "a completed record says how long it is kept, and never more than it is",
-        remaining(subject).await,
+        remaining(subject),
     );
-    report.add(6, "an expired record is begun anew", anew(subject).await);
+    checks.add(6, "an expired record is begun anew", anew(subject));
 }
 
 type Checked = Result<(), String>;

@@ -2,20 +2,16 @@
 
 use http::{HeaderMap, HeaderValue, StatusCode};
 
-use super::{Bench, Report, Subject, response};
+use super::{Bench, Checks, Subject, response};
 use crate::codec::StoredResponse;
 
-pub(super) async fn check(subject: &impl Subject, report: &mut Report) {
-    report.add(
+pub(super) fn check<'a>(subject: &'a impl Subject, checks: &mut Checks<'a>) {
+    checks.add(
         10,
         "an answer comes back byte for byte, whatever its size",
-        answers(subject).await,
+        answers(subject),
     );
-    report.add(
-        10,
-        "the fact that an answer was not kept comes back",
-        not_kept(subject).await,
-    );
+    checks.add(10, "the fact that an answer was not kept comes back", not_kept(subject));
 }
 
 type Checked = Result<(), String>;
