@@ -71,6 +71,8 @@ struct Overtaken {
     claims: Arc<Mutex<Vec<(RecordId, Claim)>>>,
     /// How many more claims it holds back.
     holds_back: Arc<AtomicUsize>,
+    /// How many of those arrive all the same, and only their answer is lost.
+    unheard: Arc<AtomicUsize>,
     takeovers_alone: bool,
 }
 
@@ -93,7 +95,11 @@ impl Store for Overtaken {
         if passes || self.holds_back.fetch_update(SeqCst, SeqCst, less).is_err() {
             return self.memory.begin(id, claim).await;
         }
-        self.claims.lock().unwrap().push((*id, claim.clone()));
+        if self.unheard.fetch_update(SeqCst, SeqCst, less).is_ok() {
+            let _ = self.memory.begin(id, claim).await;
+        } else {
+            self.claims.lock().unwrap().push((*id, claim.clone()));
+        }
         pending().await
     }
 
@@ -132,6 +138,22 @@ async fn a_claim_that_arrives_behind_its_release_does_not_stay() {
     assert_eq!(store.memory.len(), 0);
     assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::CREATED);
     assert_eq!(control.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_claims_one_of_which_arrives_before_their_release_and_one_behind_it_none_stays() {
+    let store = Overtaken::default();
+    let layer = IdempotencyLayer::new(store.clone());
+    let control = open();
+    let app = pay(&control, layer.clone());
+    store.holds_back.store(2, SeqCst);
+    store.unheard.store(1, SeqCst);
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "store-unavailable");
+    assert_eq!(store.memory.len(), 1);
+    layer.drain().finished().await;
+    assert!(store.claims.lock().unwrap().is_empty());
+    assert_eq!((store.memory.len(), control.runs()), (0, 0));
+    assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::CREATED);
 }
 
 #[tokio::test(start_paused = true)]
