@@ -314,12 +314,12 @@ async fn a_table_that_is_altered_meanwhile_is_read_anew() {
         Ok(Begin::Completed { .. })
     ));
     server
-        .say("ALTER TABLE idempotency_records ALTER COLUMN fence TYPE numeric")
+        .say("ALTER TABLE idempotency_records ALTER COLUMN checksum TYPE numeric")
         .await;
     // A plan for the columns of before fails, and then the value is none that is known.
     while kind(store.begin(&id(1), &claim()).await) != StoreErrorKind::Corrupt {}
     server
-        .say("ALTER TABLE idempotency_records ALTER COLUMN fence TYPE bigint")
+        .say("ALTER TABLE idempotency_records ALTER COLUMN checksum TYPE integer")
         .await;
     assert!(matches!(until_back(&store, 1).await, Begin::Completed { .. }));
 }

@@ -173,7 +173,13 @@ impl Inner {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         let deadline = self.connections.deadline();
         let acquired = |fence| Ok(Begin::Acquired(Lease::new(*id, claim.owner, fence)));
-        let mut look_first = self.hints.has(id);
+        let was_completed = self.hints.has(id);
+        if was_completed && !claim.asks_for_remaining {
+            if let Some(begin) = self.completed(id, deadline).await? {
+                return Ok(begin);
+            }
+        }
+        let mut look_first = was_completed;
         // Each turn somebody else got ahead; the deadline ends it at last.
         loop {
             let refused = match std::mem::take(&mut look_first) {
@@ -234,6 +240,16 @@ impl Inner {
         let values = [&values.all(), more].concat();
         let rows = self.connections.query(sql, &values, deadline).await?;
         fence(rows.first())
+    }
+
+    /// A completed record that has not expired.
+    async fn completed(&self, id: &RecordId, deadline: Instant) -> Result<Option<Begin>, StoreError> {
+        let bytes = &id.as_bytes()[..];
+        let rows = self
+            .connections
+            .query(&self.statements.replay, &[(&bytes, Type::BYTEA)], deadline)
+            .await?;
+        rows.first().map(|row| record::completed(row, id)).transpose()
     }
 
     async fn look(&self, id: &RecordId, deadline: Instant) -> Result<Option<Row>, StoreError> {

@@ -109,9 +109,12 @@ impl Row {
         if self.expired.ok_or_else(missing)? {
             return Ok(Found::Expired);
         }
-        let owner = Owner::from_bytes(array(self.owner)?);
-        let algorithm = self.algorithm.ok_or_else(missing)?;
-        let fingerprint = Fingerprint::new(u8::try_from(algorithm).map_err(corrupt)?, array(self.fingerprint)?);
+        let owner = Owner::from_bytes(array(self.owner.ok_or_else(missing)?)?);
+        let (algorithm, digest) = (
+            self.algorithm.ok_or_else(missing)?,
+            self.fingerprint.ok_or_else(missing)?,
+        );
+        let fingerprint = fingerprint(algorithm, digest)?;
         let abandoned = || Begin::Abandoned {
             fingerprint,
             lost: Lease::new(*id, owner, fence),
@@ -135,6 +138,26 @@ impl Row {
             _ => return Err(corrupt("there is no such state")),
         })
     }
+}
+
+/// A row of a replay, by place.
+pub(super) fn completed(row: &tokio_postgres::Row, id: &RecordId) -> Result<Begin, StoreError> {
+    type Columns = (i16, Vec<u8>, Option<Vec<u8>>, Option<i32>);
+    let read = || Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?));
+    let (algorithm, digest, bytes, expected): Columns =
+        read().map_err(|error: tokio_postgres::Error| corrupt(error))?;
+    Ok(Begin::Completed {
+        fingerprint: fingerprint(algorithm, digest)?,
+        response: answer(id, bytes, expected)?,
+        remaining: None,
+    })
+}
+
+fn fingerprint(algorithm: i16, digest: Vec<u8>) -> Result<Fingerprint, StoreError> {
+    Ok(Fingerprint::new(
+        u8::try_from(algorithm).map_err(corrupt)?,
+        array(digest)?,
+    ))
 }
 
 /// Of id and answer together, so that an answer under another id is found, too.
@@ -161,8 +184,7 @@ fn remaining(micros: i64) -> Retention {
     }
 }
 
-fn array<const N: usize>(bytes: Option<Vec<u8>>) -> Result<[u8; N], StoreError> {
-    let bytes = bytes.ok_or_else(missing)?;
+fn array<const N: usize>(bytes: Vec<u8>) -> Result<[u8; N], StoreError> {
     <[u8; N]>::try_from(bytes).map_err(|_| corrupt("a value is of another length"))
 }
 
