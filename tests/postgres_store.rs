@@ -261,6 +261,12 @@ async fn a_repeated_completion_succeeds_and_changes_nothing() {
     let refused = store.complete(&stranger, &kept(20), Retention::Forever).await;
     assert_eq!(refused.unwrap_err().kind(), StoreErrorKind::Fenced);
     assert_eq!(server.ask::<String>(row).await, before);
+    // Once its time is over it counts as if it were not there, whether or not it was removed.
+    server
+        .say("UPDATE idempotency_records SET expires_at = clock_timestamp()")
+        .await;
+    let late = store.complete(&lease, &kept(20), Retention::Forever).await;
+    assert_eq!(late.unwrap_err().kind(), StoreErrorKind::Fenced);
 }
 
 #[tokio::test]
