@@ -87,6 +87,18 @@ mod tests {
         }
     }
 
+    /// At one moment there is nothing but the randomness.
+    #[test]
+    fn what_was_handed_out_is_gone_from_the_pool() {
+        let mut pool = Pool {
+            bytes: [0; BATCH],
+            used: BATCH,
+        };
+        let tokens: HashSet<_> = (0..1000).map(|_| pool.take::<16>(0).unwrap()).collect();
+        assert_eq!(tokens.len(), 1000);
+        assert!(!tokens.contains(&[0; 16]));
+    }
+
     #[test]
     fn below_stays_below() {
         assert!((0..100).all(|_| super::below(3) < 3));

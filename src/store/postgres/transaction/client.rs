@@ -293,3 +293,26 @@ impl fmt::Debug for PostgresTransaction {
 
 #[cfg(feature = "axum")]
 super::extractor!(PostgresTransaction);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handler_that_asks_for_the_transaction_of_another_library_is_told_which_it_is() {
+        let mut extensions = Extensions::new();
+        let open = Open {
+            client: None,
+            prepared: true,
+        };
+        Open::lend(&Slot::of(open), &mut extensions);
+        let missing = |error: MissingTransaction| error.0;
+        let own = PostgresTransaction::from_extensions(&extensions).err();
+        assert_eq!(own.map(missing), Some(Missing::Over), "it has no connection any more");
+        #[cfg(feature = "sqlx")]
+        {
+            let other = super::super::SqlxTransaction::from_extensions(&extensions).err();
+            assert_eq!(other.map(missing), Some(Missing::Other("PostgresTransaction")));
+        }
+    }
+}
