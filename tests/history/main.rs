@@ -13,6 +13,8 @@
 mod support;
 
 mod app;
+#[cfg(feature = "cached")]
+mod cached;
 mod checker;
 mod client;
 #[cfg(feature = "encrypted")]
@@ -32,3 +34,5 @@ mod redis;
 mod rules;
 mod runner;
 mod store;
+#[cfg(any(feature = "cached", feature = "encrypted"))]
+mod turns;
