@@ -10,7 +10,7 @@ use std::{
 use tokio::{
     sync::Notify,
     task::yield_now,
-    time::{Instant, advance},
+    time::{Instant, advance, sleep},
 };
 use tower_idempotency::{
     AnyStore, Begin, Claim, Fingerprint, Lease, MemoryStore, Owner, RecordId, Retention, Store, StoreError,
@@ -30,6 +30,25 @@ impl<S: Store, F: Fn() -> S + Sync> Subject for Paused<F> {
 
     async fn pass(&self, time: Duration) {
         advance(time).await;
+    }
+}
+
+/// The same, with all checks at once: time passes when all of them wait for it.
+struct Waiting<F>(F);
+
+impl<S: Store, F: Fn() -> S + Sync> Subject for Waiting<F> {
+    type Store = S;
+
+    async fn store(&self) -> S {
+        (self.0)()
+    }
+
+    async fn pass(&self, time: Duration) {
+        sleep(time).await;
+    }
+
+    fn waits(&self) -> bool {
+        true
     }
 }
 
@@ -61,6 +80,27 @@ async fn the_memory_store_keeps_the_contract_among_threads() {
 #[tokio::test(start_paused = true)]
 async fn a_plain_store_without_flaws_keeps_the_contract() {
     testing::check(&Paused(|| Plain::with(Flaw::None))).await.assert();
+}
+
+#[tokio::test(start_paused = true)]
+async fn checks_that_wait_are_the_same_and_take_ten_ticks() {
+    let one_by_one = testing::check(&Paused(MemoryStore::new)).await;
+    let start = Instant::now();
+    let at_once = testing::check(&Waiting(MemoryStore::new)).await;
+    assert!(start.elapsed() < Duration::from_secs(13), "{:?}", start.elapsed());
+    at_once.assert();
+    assert_eq!(at_once.checks(), one_by_one.checks());
+}
+
+/// As on a machine that stands still for a while.
+#[tokio::test(start_paused = true)]
+async fn a_check_that_waits_is_made_again_before_it_counts() {
+    let start = Instant::now();
+    let first_ones_forget = move || match Instant::now() == start {
+        true => Plain::with(Flaw::ForgetsWhatIsForEver),
+        false => Plain::with(Flaw::None),
+    };
+    testing::check(&Waiting(first_ones_forget)).await.assert();
 }
 
 #[tokio::test(start_paused = true)]
@@ -103,7 +143,11 @@ async fn every_flaw_is_found_under_the_sentence_that_it_breaks() {
 }
 
 async fn assert_broken(flaw: Flaw, rule: u8) {
-    let report = testing::check(&Paused(move || Plain::with(flaw))).await;
+    assert_found(flaw, rule, testing::check(&Paused(move || Plain::with(flaw))).await);
+    assert_found(flaw, rule, testing::check(&Waiting(move || Plain::with(flaw))).await);
+}
+
+fn assert_found(flaw: Flaw, rule: u8, report: testing::Report) {
     let rules: Vec<_> = report.violations().iter().map(|violation| violation.rule).collect();
     assert!(
         rules.contains(&rule),

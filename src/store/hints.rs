@@ -7,7 +7,7 @@ use crate::record::RecordId;
 const PLACES: usize = 1 << 16;
 
 /// A replay that is expected is a plain read, which costs a server less than a claim. What is expected decides only what is
-/// asked first, never what is answered; so a place is simply taken by whoever comes last. They are half a mebibyte, for
+/// asked first, never what is answered of a sound record; so a place is simply taken by whoever comes last. They are half a mebibyte, for
 /// the requests of a minute where there are a thousand a second.
 pub(in crate::store) struct Hints(Box<[AtomicU64]>);
 

@@ -10,62 +10,56 @@ use crate::{
 };
 
 pub(super) fn check<'a>(subject: &'a impl Subject, checks: &mut Checks<'a>) {
-    checks.add(2, "a vacant record is acquired with fence 1", vacant(subject));
-    checks.add(2, "a record in progress is left as it is", occupied(subject));
-    checks.add(
-        2,
-        "an owner that claims again gets its own lease back",
-        repeated(subject),
-    );
-    checks.add(2, "different records know nothing of each other", apart(subject));
+    checks.add(2, "a vacant record is acquired with fence 1", || vacant(subject));
+    checks.add(2, "a record in progress is left as it is", || occupied(subject));
+    checks.add(2, "an owner that claims again gets its own lease back", || {
+        repeated(subject)
+    });
+    checks.add(2, "different records know nothing of each other", || apart(subject));
     checks.add(
         3,
         "an abandoned record is acquired by naming the lease that was lost",
-        takeover(subject),
+        || takeover(subject),
     );
-    checks.add(
-        3,
-        "a takeover that names another lease acquires nothing",
-        another_lease(subject),
-    );
-    checks.add(
-        3,
-        "a takeover acquires nothing that is not abandoned",
-        not_abandoned(subject),
-    );
-    checks.add(4, "only the owner changes a record in progress", strangers(subject));
-    checks.add(4, "an owner that was taken over changes nothing", late_owner(subject));
+    checks.add(3, "a takeover that names another lease acquires nothing", || {
+        another_lease(subject)
+    });
+    checks.add(3, "a takeover acquires nothing that is not abandoned", || {
+        not_abandoned(subject)
+    });
+    checks.add(4, "only the owner changes a record in progress", || strangers(subject));
+    checks.add(4, "an owner that was taken over changes nothing", || {
+        late_owner(subject)
+    });
     checks.add(
         4,
         "a lease that is over but not taken over may still be completed",
-        late_complete(subject),
+        || late_complete(subject),
     );
     checks.add(
         4,
         "a lease that is over but not taken over may still be renewed",
-        late_renew(subject),
+        || late_renew(subject),
     );
-    checks.add(4, "a completed record never changes", immutable(subject));
+    checks.add(4, "a completed record never changes", || immutable(subject));
     checks.add(
         4,
         "a released record is vacant, and its old owner is fenced from the next",
-        released(subject),
+        || released(subject),
     );
-    checks.add(4, "an abandoned lease is over at once", abandoned(subject));
+    checks.add(4, "an abandoned lease is over at once", || abandoned(subject));
     checks.add(
         4,
         "a renewal that lands after an abandon is fenced and revives nothing",
-        late_renewal_of_abandoned(subject),
+        || late_renewal_of_abandoned(subject),
     );
-    checks.add(
-        2,
-        "a claim that is repeated after an abandon revives nothing",
-        repeated_after_abandon(subject),
-    );
+    checks.add(2, "a claim that is repeated after an abandon revives nothing", || {
+        repeated_after_abandon(subject)
+    });
     checks.add(
         4,
         "an abandoned record may still be completed or released by its owner",
-        ended_after_abandon(subject),
+        || ended_after_abandon(subject),
     );
 }
 

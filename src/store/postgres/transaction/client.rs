@@ -11,7 +11,11 @@ use std::{
 
 use deadpool_postgres::{Client, Object, Pool};
 use http::Extensions;
-use tokio_postgres::{Error, Row, types::ToSql};
+use tokio_postgres::{
+    Error, Row,
+    error::{DbError, Severity},
+    types::ToSql,
+};
 
 use super::{
     BEGIN_TO_LOOK, Connection, Looked, Source,
@@ -130,7 +134,7 @@ impl Open {
             // Whatever failed before: when the last statement was answered there is no transaction any more.
             Some(Ok(_)) => true,
             // The server says so before it has undone it. Nobody is told until it has: the next attempt may come at once.
-            Some(Err(error)) if error.as_db_error().is_some() => self.say(&[Say::Plain("ROLLBACK")]).await.is_ok(),
+            Some(Err(error)) if is_of_a_statement(error) => self.say(&[Say::Plain("ROLLBACK")]).await.is_ok(),
             _ => false,
         };
         if is_over {
@@ -184,6 +188,12 @@ impl Open {
         }
         Ok(in_one_flight(calls).await)
     }
+}
+
+/// The server said it, and the connection stands.
+fn is_of_a_statement(error: &Error) -> bool {
+    let severity = error.as_db_error().and_then(DbError::parsed_severity);
+    severity == Some(Severity::Error)
 }
 
 type Answer = Result<Option<Row>, Error>;
