@@ -1,0 +1,83 @@
+//! What a claim or a look comes to, without a server.
+
+use super::*;
+use crate::record::Owner;
+
+#[test]
+fn a_lock_is_waited_for_in_milliseconds_never_for_ever_and_never_longer_than_the_server_counts() {
+    for (time, said) in [
+        (Duration::from_micros(900), "1ms"),
+        (Duration::from_millis(1500), "1500ms"),
+        (Duration::MAX, "2147483647ms"),
+    ] {
+        assert_eq!(lock_timeout(time), said);
+    }
+}
+
+fn id() -> RecordId {
+    RecordId::from_bytes([1; 32])
+}
+
+fn row(state: i8) -> Row {
+    Row {
+        owner: Some(vec![7; 16]),
+        fence: 1,
+        state: Some(state),
+        algorithm: Some(1),
+        fingerprint: Some(vec![1; 32]),
+        expired: Some(false),
+        time_left: Some(5),
+        ..Row::default()
+    }
+}
+
+#[test]
+fn a_transaction_was_committed_if_the_record_is_completed_and_by_its_owner() {
+    let lease = |owner| Lease::new(id(), Owner::from_bytes([owner; 16]), 1);
+    assert!(is_completed_by(&row(record::COMPLETED), &lease(7)));
+    assert!(!is_completed_by(&row(record::COMPLETED), &lease(8)));
+    assert!(!is_completed_by(&row(b'p' as i8), &lease(7)));
+    assert!(!is_completed_by(&row(b'a' as i8), &lease(8)));
+}
+
+#[test]
+fn a_claim_finds_what_is_committed_before_who_is_at_work() {
+    let fingerprint = Fingerprint::new(1, [1; 32]);
+    let claim = |owner| {
+        let (lease, retention) = (Duration::from_secs(1), crate::record::Retention::Forever);
+        Claim::new(fingerprint, Owner::from_bytes([owner; 16]), lease, retention)
+    };
+    let found = |held, claimed, row: Option<Row>, owner| {
+        let looked = Looked { held, claimed, row };
+        match looked.found(&id(), &claim(owner)) {
+            Ok(Some(Looking::Found(Found::Acquired))) => "acquired",
+            Ok(Some(Looking::Found(Found::InFlight(Whose::Same)))) => "same",
+            Ok(Some(Looking::Found(Found::InFlight(Whose::Another)))) => "another",
+            Ok(Some(Looking::Found(Found::InFlight(Whose::Unclear)))) => "unclear",
+            Ok(Some(Looking::Found(Found::Kept(_)))) => "kept",
+            Ok(Some(Looking::Expired)) => "expired",
+            Ok(None) => "nothing",
+            Err(_) => "an error",
+        }
+    };
+    let (in_progress, expired) = (b'p' as i8, |row| Row {
+        expired: Some(true),
+        ..row
+    });
+    for (held, nothing, over) in [
+        (held::NONE, "nothing", "expired"),
+        (held::FIRST, "same", "same"),
+        (held::SECOND, "unclear", "unclear"),
+    ] {
+        assert_eq!(found(held, true, None, 8), "acquired");
+        assert_eq!(found(held, false, None, 8), nothing);
+        assert_eq!(found(held, false, Some(expired(row(in_progress))), 8), over);
+        assert_eq!(found(held, false, Some(row(in_progress)), 8), "kept");
+        assert_eq!(
+            found(held, false, Some(row(in_progress)), 7),
+            "nothing",
+            "it was never committed"
+        );
+        assert_eq!(found(held, false, Some(row(b'x' as i8)), 8), "an error");
+    }
+}
