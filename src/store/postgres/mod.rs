@@ -168,8 +168,9 @@ impl Store for PostgresStore {
 
 impl Inner {
     /// One statement for a new key, and one for a record that this node saw completed. Else two, a claim that finds the
-    /// key taken and a look; three where what this node saw completed is gone. What a look finds to be vacant or lost is claimed by a statement that compares
-    /// what was seen and does nothing if it is not so any more; then all begins from the start.
+    /// key taken and a look; three where what this node saw completed is gone. What a look finds to be vacant or lost is
+    /// claimed by a statement that compares what was seen and does nothing if it is not so any more; then all begins
+    /// from the start.
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         let deadline = self.connections.deadline();
         let acquired = |fence| Ok(Begin::Acquired(Lease::new(*id, claim.owner, fence)));
