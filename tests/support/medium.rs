@@ -124,6 +124,8 @@ pub struct Failing {
     state: Arc<Mutex<FailingState>>,
     calls: Arc<AtomicU64>,
     reads: Arc<AtomicU64>,
+    /// Of a place, each time that the store read it.
+    watched: Arc<(AtomicU64, AtomicU64)>,
     writes: Arc<AtomicU64>,
     syncs: Arc<AtomicU64>,
     /// Closed while a test wants syncs to take their time.
@@ -174,6 +176,7 @@ impl Default for Failing {
             state: Arc::new(Mutex::new(state)),
             calls: Arc::default(),
             reads: Arc::default(),
+            watched: Arc::new((AtomicU64::new(u64::MAX), AtomicU64::new(0))),
             writes: Arc::default(),
             syncs: Arc::default(),
             gate: Arc::new((Mutex::new(false), Condvar::new())),
@@ -245,6 +248,15 @@ impl Failing {
         self.reads.load(SeqCst)
     }
 
+    /// From now on the reads of this place are counted apart.
+    pub fn watch(&self, offset: u64) {
+        self.watched.0.store(offset, SeqCst);
+    }
+
+    pub fn reads_of_the_watched(&self) -> u64 {
+        self.watched.1.load(SeqCst)
+    }
+
     pub fn writes(&self) -> u64 {
         self.writes.load(SeqCst)
     }
@@ -306,6 +318,10 @@ impl Medium for Failing {
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        let (watched, times) = &*self.watched;
+        if (offset..offset + out.len() as u64).contains(&watched.load(SeqCst)) {
+            times.fetch_add(1, SeqCst);
+        }
         read(&self.enter(Calls::Reads)?.bytes, offset, out)
     }
 
