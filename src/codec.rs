@@ -123,6 +123,12 @@ impl StoredResponse {
         Ok(stored)
     }
 
+    /// Bytes that nobody has read.
+    #[cfg(test)]
+    pub(crate) fn unread(bytes: Bytes) -> Self {
+        Self { bytes }
+    }
+
     /// The bytes to save: self-contained and versioned.
     pub fn as_bytes(&self) -> &Bytes {
         &self.bytes

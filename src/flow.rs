@@ -5,6 +5,9 @@
 //! Only this file knows the order. [`service`](crate::service) finds the key and [`future`](crate::future) reads the
 //! body before it starts; [`attempt`](crate::attempt) runs the handler and ends what was begun.
 
+#[cfg(test)]
+mod tests;
+
 use std::{future::Future, pin::Pin, sync::Arc};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, Version, header, request};

@@ -46,6 +46,10 @@ impl Pool {
 /// # Errors
 /// If the operating system has no randomness to give.
 pub(crate) fn bytes<const N: usize>() -> Result<[u8; N], getrandom::Error> {
+    #[cfg(test)]
+    if tests::IS_GONE.get() {
+        return Err(getrandom::Error::UNSUPPORTED);
+    }
     // Its last digits alone matter, so a clock before 1970 does as well.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     POOL.with_borrow_mut(|pool| pool.take(now.as_nanos() as u64))
@@ -57,12 +61,17 @@ pub(crate) fn below(limit: u64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use std::collections::HashSet;
+    use std::{cell::Cell, collections::HashSet};
 
     use super::{BATCH, Pool};
+
+    thread_local! {
+        /// Whether this thread's system has no randomness to give.
+        pub(crate) static IS_GONE: Cell<bool> = const { Cell::new(false) };
+    }
 
     #[test]
     fn no_token_is_handed_out_twice() {

@@ -7,7 +7,7 @@ use std::{
     future::poll_fn,
     pin::Pin,
     sync::{Arc, Mutex},
-    task::Poll,
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -261,6 +261,29 @@ fn a_runtime_that_is_dropped_leaves_its_claims_and_releases_none() {
         }
     });
     assert_eq!(control.runs(), 2);
+}
+
+#[test]
+fn where_there_is_no_runtime_a_request_that_is_dropped_leaves_its_key_to_its_lease() {
+    let layer = IdempotencyLayer::new(MemoryStore::new()).lease(Duration::from_secs(5));
+    let control = gated();
+    let app = pay(&control, layer.clone());
+    let mut request = Box::pin(app.clone().oneshot(keyed("k", "a")));
+    let poll = request.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    assert!(poll.is_pending());
+    drop(request);
+    assert_eq!((control.runs(), control.ends(), layer.counters().abandoned), (1, 0, 1));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        assert_eq!(call(&app, keyed("k", "a")).await.problem(), "request-in-progress");
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert_eq!(call(&app, keyed("k", "a")).await.problem(), "outcome-unknown");
+    });
+    assert_eq!(control.runs(), 1);
 }
 
 #[tokio::test]

@@ -790,7 +790,10 @@ async fn a_damaged_page_fails_those_it_leads_to_and_a_purge_does_not_spread_it()
         // Over by now, but not vacant: nobody can say what it was.
         clock.pass(DAY / 2);
     }
-    assert!(reads[0] > 0 && reads[2] == reads[0], "each record of the page is looked for in vain once: {reads:?}");
+    assert!(
+        reads[0] > 0 && reads[2] == reads[0],
+        "each record of the page is looked for in vain once: {reads:?}"
+    );
     store.close().await;
     // Whose first purge meets the page.
     let store = open(&medium, &clock).await.unwrap();

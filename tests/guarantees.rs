@@ -348,6 +348,21 @@ async fn a_lease_that_was_lost_is_not_renewed_any_more() {
     assert_eq!(client.await.unwrap().status, StatusCode::CREATED);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_handler_goes_on_although_its_lease_was_lost() {
+    let store = FaultyStore::default();
+    store.fail(Op::Renew, [Fault::Error(StoreErrorKind::Fenced)]);
+    let steps = service_fn(|_: Request<Body>| async {
+        for _ in 0..10 {
+            sleep(MINUTE).await;
+        }
+        Ok::<_, Infallible>(Response::new(Body::from("done")))
+    });
+    let service = IdempotencyLayer::new(store.clone()).layer(steps);
+    let answer = call(&service, keyed("k", "a")).await;
+    assert_eq!((&answer.body[..], store.calls(Op::Renew)), (&b"done"[..], 1));
+}
+
 #[tokio::test]
 async fn a_panic_goes_on_to_the_caller_as_it_was() {
     let layer = IdempotencyLayer::new(MemoryStore::new());

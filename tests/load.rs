@@ -10,12 +10,20 @@ use std::{
     time::{Duration, Instant},
 };
 
+use axum::{Router, response::IntoResponse};
+use bytes::Bytes;
 use futures_util::future::join_all;
 use http::StatusCode;
+use http_body_util::Full;
+use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper_util::rt::TokioIo;
 use support::{
-    app::{call, gated, keyed, open, pay, spawn},
+    app::{answering, call, gated, keyed, open, pay, spawn},
     dice::Dice,
+    http::{Answer, post, read},
+    serve::serve,
 };
+use tokio::net::TcpStream;
 use tower_idempotency::{
     Begin, Claim, Concurrent, Fingerprint, IdempotencyLayer, MemoryStore, Owner, RecordId, Retention, Store,
     StoreErrorKind, StoredResponse,
@@ -187,6 +195,87 @@ async fn a_million_keys_resident_are_looked_up_like_a_thousand() {
         resident() >> 20
     );
     assert_eq!(store.len(), keys);
+}
+
+/// An application, and a connection to it.
+struct Served {
+    app: Router,
+    keys: usize,
+    sender: SendRequest<Full<Bytes>>,
+    firsts: Vec<Duration>,
+    replays: Vec<Duration>,
+}
+
+impl Served {
+    async fn with(keys: usize) -> Self {
+        let layer = IdempotencyLayer::new(MemoryStore::new());
+        let app = answering(&open(), layer, |_, _, body| match &body[..] {
+            b"not now" => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+            _ => (StatusCode::CREATED, body).into_response(),
+        });
+        for number in 0..keys {
+            assert!(!call(&app, keyed(&format!("resident-{number}"), "a")).await.is_replay());
+        }
+        let stream = TcpStream::connect(serve(app.clone()).await).await.unwrap();
+        let (sender, connection) = handshake(TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        Self {
+            app,
+            keys,
+            sender,
+            firsts: Vec::new(),
+            replays: Vec::new(),
+        }
+    }
+
+    async fn ask(&mut self, key: &str, body: &'static str) -> (Answer, Duration) {
+        let request = post("/pay", &[("idempotency-key", key)], body);
+        let start = Instant::now();
+        let response = self.sender.send_request(request).await.unwrap();
+        let answer = read(response).await.unwrap();
+        (answer, start.elapsed())
+    }
+
+    /// So many replays, spread over all keys, and as many first requests, in turn, whose keys are free again afterwards.
+    async fn round(&mut self, round: usize, requests: usize) {
+        for number in round * requests..(round + 1) * requests {
+            let (answer, took) = self.ask(&format!("resident-{}", number * 7919 % self.keys), "a").await;
+            assert!(answer.is_replay());
+            self.replays.push(took);
+            let (answer, took) = self.ask(&format!("new-{number}"), "not now").await;
+            assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+            self.firsts.push(took);
+        }
+    }
+}
+
+/// In the middle, and of one in a hundred.
+fn percentiles(mut times: Vec<Duration>) -> String {
+    times.sort_unstable();
+    let at = |share: usize| times[times.len() * share / 100];
+    format!("{:?} (99th percentile {:?})", at(50), at(99))
+}
+
+#[tokio::test]
+async fn a_million_keys_resident_are_served_like_a_thousand() {
+    let (rounds, requests) = if is_full() { (40, 1_000) } else { (4, 100) };
+    let keys = share(1_000_000) as usize;
+    let mut servers = [Served::with(1_000).await, Served::with(keys).await];
+    for round in 0..rounds {
+        for served in &mut servers {
+            served.round(round, requests).await;
+        }
+    }
+    for served in servers {
+        println!(
+            "among {} keys a replay over a connection takes {}, a first request {}",
+            served.keys,
+            percentiles(served.replays),
+            percentiles(served.firsts),
+        );
+        // Whoever was served first still is.
+        assert!(call(&served.app, keyed("resident-0", "a")).await.is_replay());
+    }
 }
 
 /// What expired is gone, and what is kept is replayed.

@@ -23,11 +23,11 @@ use support::{
     http::Answer,
 };
 use tokio::time::{sleep, timeout};
-use tower_idempotency::{Guarantee, IdempotencyLayer, KeySource, StoreErrorKind};
+use tower_idempotency::{Guarantee, IdempotencyLayer, KeySource, MemoryStore, Store, StoreErrorKind};
 
 const DOWN: Fault = Fault::Error(StoreErrorKind::Unavailable);
 
-fn layer(store: &FaultyStore) -> IdempotencyLayer {
+fn layer(store: &(impl Store + Clone)) -> IdempotencyLayer {
     IdempotencyLayer::new(store.clone())
         .key(KeySource::body("/id").and_each("/units/*/id"))
         .require_key()
@@ -77,6 +77,19 @@ async fn a_key_that_another_operation_holds_refuses_the_whole_and_takes_nothing(
     ran(&send(&app, "c", &["u1"]).await);
     ran(&send(&app, "d", &["u3"]).await);
     ran(&send(&app, "b", &["u4"]).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_same_holds_where_the_store_answers_at_once() {
+    let control = open();
+    let app = pay(&control, layer(&MemoryStore::new()));
+    let first = send(&app, "a", &["u1", "u2"]).await;
+    ran(&first);
+    refused(&send(&app, "b", &["u3", "u2"]).await, "idempotency-key-reused");
+    assert_eq!(control.runs(), 1);
+    ran(&send(&app, "b", &["u3"]).await);
+    let retry = send(&app, "a", &["u1", "u2"]).await;
+    assert_eq!((retry.is_replay(), &retry.body), (true, &first.body));
 }
 
 #[tokio::test(start_paused = true)]

@@ -17,6 +17,7 @@ use http::StatusCode;
 use support::{
     app::{Control, call, gated, keyed, open, pay, spawn},
     faulty::{Fault, FaultyStore, Op},
+    log::Log,
 };
 use tokio::time::{Instant, sleep};
 use tower_idempotency::{
@@ -414,6 +415,49 @@ async fn a_store_that_panics_at_the_completion_leaves_no_key_without_an_end() {
     layer.drain().finished().await;
     assert_eq!(call(&app, keyed("k", "a")).await.problem(), "outcome-unknown");
     assert_eq!(control.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_breaks_off_while_the_store_is_away_is_said_and_its_lease_says_the_rest() {
+    let (log, _guard) = Log::start();
+    let (store, layer, control, app) = faulty();
+    store.fail(Op::Complete, [Fault::Panic]);
+    store.fail(Op::Abandon, [DOWN]);
+    assert!(spawn(&app, keyed("k", "a")).await.unwrap_err().is_panic());
+    layer.drain().finished().await;
+    let said = log.lines("the outcome of an attempt could not be stored");
+    assert_eq!((said.len(), layer.counters().store_errors), (1, 1), "{}", log.text());
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "request-in-progress");
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "outcome-unknown");
+    assert_eq!(control.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn answers_that_wait_for_the_store_are_bounded_and_what_is_given_up_is_said() {
+    let (log, _guard) = Log::start();
+    let (store, layer, control, app) = faulty();
+    store.fail(Op::Begin, [Fault::Pass; 1026]);
+    store.down(DOWN);
+    for key in 0..1026 {
+        assert_eq!(
+            call(&app, keyed(&format!("key-{key}"), "a")).await.status,
+            StatusCode::CREATED
+        );
+        tokio::task::yield_now().await;
+    }
+    assert_eq!((layer.drain().running(), control.runs()), (1024, 1026));
+    assert_eq!(log.lines("this one is given up").len(), 2);
+    store.up();
+    layer.drain().finished().await;
+    assert!(call(&app, keyed("key-1023", "a")).await.is_replay());
+    assert_eq!(
+        call(&app, keyed("key-1024", "a")).await.problem(),
+        "request-in-progress"
+    );
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(call(&app, keyed("key-1024", "a")).await.problem(), "outcome-unknown");
+    assert_eq!(control.runs(), 1026);
 }
 
 #[tokio::test(start_paused = true)]

@@ -229,10 +229,9 @@ impl Shard {
     pub(super) fn remove_expired(&mut self, now: Time, most: usize, budget: &Budget) {
         for _ in 0..most {
             let Some(id) = self.expiry.pop(now) else { return };
-            let Some(record) = self.records.get_mut(&id) else {
-                debug_assert!(false, "a queued record is gone");
-                continue;
-            };
+            let record = self.records.get_mut(&id);
+            debug_assert!(record.is_some(), "a queued record is gone");
+            let Some(record) = record else { continue };
             match &record.state {
                 State::InProgress { keep, .. } if record.vacant_at > now => {
                     // Counted from now: if the end of the lease was noticed late, the record stays a little longer.
