@@ -11,7 +11,7 @@ use std::{
 
 use http::Extensions;
 use sqlx::{
-    Error, Executor, PgPool, Postgres, Row,
+    Database, Error, Executor, PgPool, Postgres, Row, TransactionManager,
     postgres::{PgDatabaseError, PgRow, PgSeverity},
     query,
 };
@@ -132,12 +132,17 @@ impl Connection for Open {
         Ok(vec![rows.len() == asked; asked])
     }
 
-    async fn commit(self, mut flight: Vec<Say>) -> Result<(), Failure> {
-        // sqlx ends a transaction with a statement of its own, which is one more flight where all else is one, and tells
-        // of a commit that failed before the server has undone it. So the next transaction begins at once, empty, and
-        // that is what it rolls back when the connection returns to its pool.
-        flight.push(Say::Plain("COMMIT AND CHAIN"));
-        self.say_or_roll_back(flight).await.map(drop)
+    async fn commit(self, flight: Vec<Say>) -> Result<(), Failure> {
+        let (mut open, _) = self.say_or_roll_back(flight).await?;
+        // Not by the transaction itself: that tells of a commit that failed before the server has undone it, and is gone.
+        // From a commit that succeeds the connection knows that nothing is open, and so does the transaction's end.
+        match <Postgres as Database>::TransactionManager::commit(&mut open.transaction).await {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                let _ = open.transaction.rollback().await;
+                Err(error.into())
+            }
+        }
     }
 
     async fn roll_back(mut self, check: Option<Say>) -> Result<(), Failure> {
