@@ -286,6 +286,49 @@ async fn a_full_disk_refuses_claims_ends_what_is_in_flight_replays_and_recovers(
 }
 
 #[tokio::test]
+async fn a_disk_without_room_for_what_replaces_something_is_opened_again_until_it_has() {
+    let clock = TestClock::new();
+    let medium = with_a_short_journal(&clock).await;
+    let store = open(&medium, &clock).await.unwrap();
+    let lease = acquire(&store, 0).await.unwrap();
+    let answer = response(0, 1000);
+    store.complete(&lease, &answer, Retention::Forever).await.unwrap();
+    let running = acquire(&store, 1).await.unwrap();
+    medium.takes_nothing(true);
+    for _ in 0..3 {
+        let error = acquire(&store, 2).await.unwrap_err();
+        assert!(
+            matches!(error.kind(), StoreErrorKind::Full | StoreErrorKind::Unavailable),
+            "{}",
+            said(&error)
+        );
+        clock.pass(Duration::from_secs(2));
+    }
+    medium.takes_nothing(false);
+    clock.pass(Duration::from_secs(2));
+    assert_eq!(acquire(&store, 2).await.unwrap().fence, 1);
+    assert!(is_completed(&store, 0, &answer).await);
+    store.complete(&running, &answer, Retention::Forever).await.unwrap();
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_opened_again_for_another_reason_than_room_is_given_up() {
+    let clock = TestClock::new();
+    let medium = with_a_short_journal(&clock).await;
+    let store = open(&medium, &clock).await.unwrap();
+    medium.takes_nothing(true);
+    assert!(acquire(&store, 2).await.is_err());
+    medium.takes_nothing(false);
+    medium.fail(Calls::Reads, 0);
+    clock.pass(Duration::from_secs(2));
+    assert!(acquire(&store, 2).await.is_err());
+    medium.heal();
+    clock.pass(Duration::from_secs(2));
+    everything_says_so(&store).await;
+}
+
+#[tokio::test]
 async fn on_a_full_disk_what_expires_makes_room() {
     let (medium, clock) = (Failing::default(), TestClock::new());
     medium.room(40 * MIB);
@@ -843,6 +886,53 @@ async fn a_damaged_page_that_a_reader_meets_fails_nobody_but_who_asked_for_it() 
         assert_eq!(found.is_ok(), again.is_ok(), "{number}: {found:?}, then {again:?}");
     }
     assert!(answered > 50, "{answered}");
+}
+
+#[tokio::test]
+async fn a_reader_whose_view_of_the_file_is_damaged_leaves_it_to_the_writer_who_opens_it_again() {
+    let (medium, clock) = (Failing::default(), TestClock::new());
+    let builder = FileStore::builder("simulated").medium(medium.clone()).clock(clock);
+    let store = builder.cache_bytes(0).replay_bytes(0).open().await.unwrap();
+    for number in 0..60 {
+        let lease = acquire(&store, number).await.unwrap();
+        store
+            .complete(&lease, &response(number, 1000), Retention::Forever)
+            .await
+            .unwrap();
+    }
+    // All of it is in the tables when it is opened next.
+    store.close().await;
+    let builder = FileStore::builder("simulated")
+        .medium(medium.clone())
+        .clock(TestClock::new());
+    let store = builder.cache_bytes(0).replay_bytes(0).open().await.unwrap();
+    let lease = acquire(&store, 100).await.unwrap();
+    let syncs = medium.syncs();
+    medium.block_syncs(true);
+    let completing = tokio::spawn({
+        let store = store.clone();
+        async move { store.complete(&lease, &response(100, 1000), Retention::Forever).await }
+    });
+    while medium.syncs() == syncs {
+        tokio::task::yield_now().await;
+    }
+    // The writer is in the middle of its sync, so a reader looks, and no page is what it was.
+    let flip = |bytes: &mut Vec<u8>| bytes.iter_mut().skip(2000).step_by(4096).for_each(|byte| *byte ^= 1);
+    medium.change(flip);
+    let reads = medium.reads();
+    let looking = tokio::spawn({
+        let store = store.clone();
+        async move { is_completed(&store, 8, &response(8, 1000)).await }
+    });
+    while medium.reads() == reads {
+        tokio::task::yield_now().await;
+    }
+    medium.change(flip);
+    medium.block_syncs(false);
+    completing.await.unwrap().unwrap();
+    assert!(looking.await.unwrap(), "the writer found it");
+    assert!(is_completed(&store, 100, &response(100, 1000)).await);
+    store.close().await;
 }
 
 #[tokio::test]

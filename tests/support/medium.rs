@@ -145,6 +145,8 @@ struct FailingState {
     /// Whether nothing may be set aside, whatever room there is.
     no_spare: bool,
     room: u64,
+    /// Not even what replaces something: a file system that never writes to the same place.
+    takes_nothing: bool,
     fail: Option<(Calls, u64)>,
     once: bool,
 }
@@ -169,6 +171,7 @@ impl Default for Failing {
             greedy: false,
             no_spare: false,
             room: u64::MAX,
+            takes_nothing: false,
             fail: None,
             once: false,
         };
@@ -202,6 +205,11 @@ impl Failing {
     /// The room of the whole disk.
     pub fn room(&self, room: u64) {
         self.state.lock().unwrap().room = room;
+    }
+
+    /// Whether there is no room at all, not even for what replaces something, as where nothing is written in its place.
+    pub fn takes_nothing(&self, nothing: bool) {
+        self.state.lock().unwrap().takes_nothing = nothing;
     }
 
     pub fn taken(&self) -> u64 {
@@ -273,6 +281,8 @@ impl Failing {
     }
 
     fn enter(&self, kind: Calls) -> io::Result<std::sync::MutexGuard<'_, FailingState>> {
+        // Before it counts: whoever sees the call and changes the bytes comes after it.
+        let mut state = self.state.lock().unwrap();
         self.calls.fetch_add(1, SeqCst);
         match kind {
             Calls::Reads => self.reads.fetch_add(1, SeqCst),
@@ -280,7 +290,6 @@ impl Failing {
             Calls::Syncs => self.syncs.fetch_add(1, SeqCst),
             Calls::All => 0,
         };
-        let mut state = self.state.lock().unwrap();
         if let Some((calls, after)) = &mut state.fail {
             if *calls == Calls::All || *calls == kind {
                 if *after == 0 {
@@ -327,6 +336,9 @@ impl Medium for Failing {
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut state = self.enter(Calls::Writes)?;
+        if state.takes_nothing {
+            return Err(ErrorKind::StorageFull.into());
+        }
         let touched = offset / BLOCK..(offset + data.len() as u64).div_ceil(BLOCK);
         let new: Vec<_> = touched.filter(|block| !state.blocks.contains(block)).collect();
         state.fits(new.len() as u64 * BLOCK)?;

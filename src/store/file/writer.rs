@@ -258,6 +258,8 @@ impl Writer {
             }
             Err(error) if self.backend.take_failure() == Some(Failed::Full) => {
                 tracing::warn!(%error, "the disk is full: the idempotency store cannot be opened");
+                // So that it is tried again, whatever it was opened for.
+                self.room = Some(0);
             }
             Err(error) => drop(self.shared.fail(Some(Arc::new(error)))),
         }
@@ -272,7 +274,8 @@ impl Writer {
         if self.shared.database().is_none() {
             self.reopen();
         }
-        if self.backend.spare.hold() {
+        // A file that could not be opened is tried again, whatever room there is by now.
+        if self.shared.database().is_some() && self.backend.spare.hold() {
             tracing::info!("the disk has room again: the idempotency store takes new keys");
             self.room = None;
         }
