@@ -1,6 +1,11 @@
 //! What a claim or a look comes to, without a server.
 
-use super::*;
+#![allow(clippy::unwrap_used)]
+
+use super::{
+    super::{PostgresTable, statements::Statements},
+    *,
+};
 use crate::record::Owner;
 
 #[test]
@@ -80,4 +85,92 @@ fn a_claim_finds_what_is_committed_before_who_is_at_work() {
         );
         assert_eq!(found(held, false, Some(row(b'x' as i8)), 8), "an error");
     }
+}
+
+/// What a claim shows, and then a look behind the first lock.
+struct Shows {
+    claim: fn() -> Looked,
+    look: fn() -> (bool, Looked),
+}
+
+struct Nowhere;
+
+fn nobody(held: i32) -> Looked {
+    Looked {
+        held,
+        claimed: false,
+        row: None,
+    }
+}
+
+fn somebody(held: i32) -> Looked {
+    Looked {
+        row: Some(row(b'p' as i8)),
+        ..nobody(held)
+    }
+}
+
+impl Source for Shows {
+    type Connection = Nowhere;
+
+    async fn begin(&self, _: Vec<Say>, _: &[&Arc<str>]) -> Result<(Nowhere, Vec<Looked>), Failure> {
+        Ok((Nowhere, vec![(self.claim)()]))
+    }
+
+    async fn lock_and_look(&self, _: Say, _: Say) -> Result<(bool, Looked), Failure> {
+        Ok((self.look)())
+    }
+}
+
+impl Connection for Nowhere {
+    async fn ask(&mut self, _: Vec<Say>) -> Result<Vec<bool>, Failure> {
+        Ok(vec![])
+    }
+
+    async fn commit(self, _: Vec<Say>) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    async fn roll_back(self, _: Option<Say>) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn lend(_: &Slot<Self>, _: &mut Extensions) {}
+}
+
+#[tokio::test]
+async fn who_holds_the_second_lock_is_found_out_behind_the_first_and_what_is_committed_says_more() {
+    let found = async |look: fn() -> (bool, Looked)| {
+        let table = PostgresTable::default();
+        let transactions = TableTransactions {
+            source: Shows {
+                claim: || nobody(held::SECOND),
+                look,
+            },
+            table: table.quoted(),
+            statements: Arc::new(TransactionStatements::new(&table, &Statements::new(&table))),
+            lock_timeout: Duration::from_secs(1),
+            ends: Arc::default(),
+        };
+        let (lease, retention) = (Duration::from_secs(1), crate::record::Retention::Forever);
+        let claim = Claim::new(
+            Fingerprint::new(1, [1; 32]),
+            Owner::from_bytes([8; 16]),
+            lease,
+            retention,
+        );
+        let opened = transactions.begin(&id(), &claim, &[]).await.unwrap();
+        assert!(opened.transaction.is_none());
+        match opened.own {
+            Found::InFlight(whose) => format!("{whose:?}"),
+            Found::Kept(_) => "kept".to_owned(),
+            Found::Acquired => "acquired".to_owned(),
+        }
+    };
+    assert_eq!(found(|| (false, nobody(held::NONE))).await, "Same");
+    assert_eq!(found(|| (true, nobody(held::SECOND))).await, "Another");
+    assert_eq!(found(|| (true, nobody(held::NONE))).await, "Unclear");
+    // It was committed while it was looked for.
+    assert_eq!(found(|| (true, somebody(held::NONE))).await, "kept");
+    assert_eq!(found(|| (false, somebody(held::SECOND))).await, "kept");
 }
