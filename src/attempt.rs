@@ -54,7 +54,7 @@ impl<S> Exchange<S> {
         B: RequestBody,
         R: Body,
     {
-        let guard = Guard::new(Arc::clone(&self.shared), lease);
+        let guard = Guard::new(Arc::clone(&self.shared), lease, self.claim.repeated);
         self.run_guarded(guard)
     }
 
@@ -65,7 +65,7 @@ impl<S> Exchange<S> {
         B: RequestBody,
         R: Body,
     {
-        let mut guard = Guard::new(Arc::clone(&self.shared), lease);
+        let mut guard = Guard::new(Arc::clone(&self.shared), lease, self.claim.repeated);
         let claimed = {
             let claims = pin!(claim_others(&guard, &self.claim, &self.identity.others));
             guard.hold(claims).await

@@ -60,7 +60,7 @@ async fn claim_one(guard: &Guard, id: &RecordId, mut claim: Claim) -> Result<One
     loop {
         match found(begin(guard.shared(), id, &mut claim).await, &claim) {
             Found::Acquired(lease) => {
-                guard.add(lease);
+                guard.add(lease, claim.repeated);
                 return Ok(One::Claimed);
             }
             Found::Done => return Ok(One::Done),

@@ -229,11 +229,12 @@ pub(crate) async fn begin(shared: &Arc<Shared>, id: &RecordId, claim: &mut Claim
         result => return result,
     }
     // The first claim may have been applied and only its answer lost: the same owner gets its own lease back.
+    claim.repeated = true;
     let second = shared.call(shared.store.begin(id, claim)).await;
     if !matches!(second, Ok(Begin::Acquired(_) | Begin::Completed { .. })) {
         let owner = claim.owner;
         match Owner::random() {
-            Ok(next) => claim.owner = next,
+            Ok(next) => (claim.owner, claim.repeated) = (next, false),
             // With the same one it goes on, so it cannot be ended; after an error it does not.
             Err(_) if second.is_ok() => return second,
             Err(_) => {}

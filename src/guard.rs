@@ -35,8 +35,10 @@ pub(crate) enum Outcome {
 pub(crate) struct Guard {
     shared: Arc<Shared>,
     lease: Lease,
-    /// Of the keys that the operation claims beside its own.
-    others: Mutex<Vec<Lease>>,
+    /// Whether its claim was made twice, so that the first one may still arrive.
+    repeated: bool,
+    /// Of the keys that the operation claims beside its own, with the same.
+    others: Mutex<Vec<(Lease, bool)>>,
     settled: bool,
 }
 
@@ -45,10 +47,11 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 impl Guard {
-    pub(crate) fn new(shared: Arc<Shared>, lease: Lease) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, lease: Lease, repeated: bool) -> Self {
         Self {
             shared,
             lease,
+            repeated,
             others: Mutex::default(),
             settled: false,
         }
@@ -64,12 +67,14 @@ impl Guard {
     }
 
     /// Holds this one, too.
-    pub(crate) fn add(&self, lease: Lease) {
-        self.others.lock().unwrap_or_else(PoisonError::into_inner).push(lease);
+    pub(crate) fn add(&self, lease: Lease, repeated: bool) {
+        let mut others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        others.push((lease, repeated));
     }
 
     fn others(&self) -> Vec<Lease> {
-        self.others.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        others.iter().map(|(lease, _)| *lease).collect()
     }
 
     /// Of the operation's own record.
@@ -141,7 +146,11 @@ impl Guard {
         }
         outcome.become_that_of_attempt(&self.lease);
         self.count(&outcome);
-        if !settle_one(&self.shared, &self.lease, &outcome).await {
+        let store_answers = settle_one(&self.shared, &self.lease, &outcome).await;
+        if self.repeated {
+            give_up_first_try(&self.shared, &self.lease, &outcome);
+        }
+        if !store_answers {
             #[cfg(seeded_bug)]
             if crate::seeded::is("frees what it cannot record") {
                 outcome = Outcome::NotExecuted;
@@ -153,10 +162,13 @@ impl Guard {
 
     async fn settle_others(&self, outcome: &Outcome) {
         let mut store_answers = true;
-        while let Some(other) = self.last_other() {
+        while let Some((other, repeated)) = self.last_other() {
             let outcome = outcome.beside(&other);
             // Nobody waits for a silent store once for each key.
             store_answers = store_answers && settle_one(&self.shared, &other, &outcome).await;
+            if repeated {
+                give_up_first_try(&self.shared, &other, &outcome);
+            }
             if !store_answers {
                 settle_later(&self.shared, other, outcome);
             }
@@ -165,7 +177,7 @@ impl Guard {
         }
     }
 
-    fn last_other(&self) -> Option<Lease> {
+    fn last_other(&self) -> Option<(Lease, bool)> {
         let others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
         others.last().copied()
     }
@@ -320,6 +332,15 @@ pub(crate) fn settle_later(shared: &Arc<Shared>, lease: Lease, outcome: Outcome)
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     });
+}
+
+/// Of a claim that was made twice the first one may arrive when its record is free again, and would be in progress with
+/// nobody at it. Where the record stays it finds that.
+fn give_up_first_try(shared: &Arc<Shared>, lease: &Lease, outcome: &Outcome) {
+    if matches!(outcome, Outcome::NotExecuted) {
+        let Lease { id, owner, .. } = *lease;
+        settle_later(shared, Lease::new(id, owner, NEVER_GRANTED), Outcome::NotExecuted);
+    }
 }
 
 fn report(shared: &Shared, lease: &Lease, error: &StoreError) {

@@ -103,6 +103,8 @@ pub struct Claim {
     pub takeover: Option<Lease>,
     /// Say how long a completed record is still kept, even if that costs a little more.
     pub asks_for_remaining: bool,
+    /// Whether it was made before and not answered. Nothing that a store sees.
+    pub(crate) repeated: bool,
 }
 
 impl Claim {
@@ -115,6 +117,7 @@ impl Claim {
             retention,
             takeover: None,
             asks_for_remaining: false,
+            repeated: false,
         }
     }
 

@@ -21,7 +21,7 @@ use support::{
 };
 use tokio::time::{Instant, sleep};
 use tower_idempotency::{
-    Begin, Claim, Guarantee, IdempotencyLayer, Lease, MemoryStore, RecordId, Retention, Store, StoreError,
+    Begin, Claim, Guarantee, IdempotencyLayer, KeySource, Lease, MemoryStore, RecordId, Retention, Store, StoreError,
     StoreErrorKind, StoredResponse,
 };
 
@@ -70,8 +70,9 @@ async fn a_store_that_never_answers_is_given_up_at_its_deadline() {
 struct Overtaken {
     memory: MemoryStore,
     claims: Arc<Mutex<Vec<(RecordId, Claim)>>>,
-    /// How many more claims it holds back.
+    /// How many more claims it holds back, once so many have passed.
     holds_back: Arc<AtomicUsize>,
+    passes: Arc<AtomicUsize>,
     /// How many of those arrive all the same, and only their answer is lost.
     unheard: Arc<AtomicUsize>,
     takeovers_alone: bool,
@@ -91,8 +92,9 @@ impl Overtaken {
 
 impl Store for Overtaken {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
-        let passes = self.takeovers_alone && claim.takeover.is_none();
         let less = |left: usize| left.checked_sub(1);
+        let passes = self.takeovers_alone && claim.takeover.is_none();
+        let passes = passes || self.passes.fetch_update(SeqCst, SeqCst, less).is_ok();
         if passes || self.holds_back.fetch_update(SeqCst, SeqCst, less).is_err() {
             return self.memory.begin(id, claim).await;
         }
@@ -155,6 +157,34 @@ async fn of_two_claims_one_of_which_arrives_before_their_release_and_one_behind_
     assert!(store.claims.lock().unwrap().is_empty());
     assert_eq!((store.memory.len(), control.runs()), (0, 0));
     assert_eq!(call(&app, keyed("k", "a")).await.status, StatusCode::CREATED);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_arrives_when_its_repetition_has_run_and_was_released_does_not_stay() {
+    // Of an operation's own key; of one beside it.
+    for (passes, units) in [(0, "[]"), (1, r#"[{"id":"u"}]"#)] {
+        let store = Overtaken::default();
+        let layer = IdempotencyLayer::new(store.clone()).key(KeySource::body("/id").and_each("/units/*/id"));
+        let control = open();
+        let app = support::app::answering(&control, layer.clone(), |run, _, _| {
+            axum::response::IntoResponse::into_response(match run {
+                1 => StatusCode::SERVICE_UNAVAILABLE,
+                _ => StatusCode::CREATED,
+            })
+        });
+        let order = || {
+            let body = format!(r#"{{"id":"a","units":{units}}}"#);
+            http::Request::post("/pay").body(axum::body::Body::from(body)).unwrap()
+        };
+        store.passes.store(passes, SeqCst);
+        store.holds_back.store(1, SeqCst);
+        assert_eq!(call(&app, order()).await.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert!(store.claims.lock().unwrap().is_empty(), "it has arrived");
+        layer.drain().finished().await;
+        assert_eq!((store.memory.len(), control.runs()), (0, 1));
+        assert_eq!(call(&app, order()).await.status, StatusCode::CREATED);
+        assert_eq!(control.runs(), 2);
+    }
 }
 
 #[tokio::test(start_paused = true)]
