@@ -180,6 +180,33 @@ async fn of_a_stream_or_a_large_answer_the_fact_is_committed_before_the_rest_is_
 }
 
 #[tokio::test]
+async fn a_savepoint_that_a_handler_leaks_ends_with_its_transaction() {
+    for library in BOTH {
+        let bank = Bank::of(library).await;
+        let first = bank.ask(order("k", 5, "nested")).await;
+        assert_eq!((first.status.as_u16(), first.is_replay()), (201, false), "{library:?}");
+        assert_eq!(bank.books().await, (1, MONEY), "{library:?}");
+        assert_replay(&first, &bank.ask(order("k", 5, "nested")).await);
+        // What fails is kept without what was written; what did not execute is as if it had not been.
+        let failed = bank.ask(order("f", 5, "nested 422")).await;
+        assert_eq!(failed.status.as_u16(), 422, "{library:?}");
+        assert!(bank.ask(order("f", 5, "nested 422")).await.is_replay());
+        for _ in 0..2 {
+            let nothing = bank.ask(order("n", 5, "nested nothing")).await;
+            assert_eq!(
+                (nothing.status.as_u16(), nothing.is_replay()),
+                (201, false),
+                "{library:?}"
+            );
+        }
+        assert_eq!(bank.books().await, (1, MONEY), "{library:?}");
+        let open = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                    AND state LIKE 'idle in transaction%'";
+        assert_eq!(bank.look::<i64>(open).await, 0, "{library:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_handler_that_commits_by_itself_is_told_and_its_request_never_runs_again() {
     for library in BOTH {
         for then in [

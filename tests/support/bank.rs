@@ -49,6 +49,20 @@ pub enum AnyTransaction {
 }
 
 impl AnyTransaction {
+    /// Begins one within, by the library's own means, and never ends it.
+    async fn leak_savepoint(&mut self) {
+        match self {
+            Self::TokioPostgres(transaction) => {
+                let begun = transaction.batch_execute("SAVEPOINT of_the_handlers_own").await;
+                begun.expect("a savepoint");
+            }
+            Self::Sqlx(transaction) => {
+                let begun = sqlx::Connection::begin(&mut ***transaction).await;
+                std::mem::forget(begun.expect("a savepoint"));
+            }
+        }
+    }
+
     /// The message of what fails.
     pub async fn run(&mut self, sql: &str) -> Result<(), String> {
         match self {
@@ -275,9 +289,16 @@ async fn transfer(
     if let Err(error) = transaction.run(&sql).await {
         return (StatusCode::INTERNAL_SERVER_ERROR, error).into_response();
     }
+    let then = match order.then.strip_prefix("nested") {
+        Some(then) => {
+            transaction.leak_savepoint().await;
+            then.trim_start()
+        }
+        None => &order.then,
+    };
     let run = control.pass().await;
     let answer = (StatusCode::CREATED, Json(json!({ "run": run }))).into_response();
-    match order.then.as_str() {
+    match then {
         "" => answer,
         "panic" => panic!("asked for"),
         "break" => {

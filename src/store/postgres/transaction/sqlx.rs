@@ -37,6 +37,8 @@ pub(in super::super) struct SqlxSource {
     pub(in super::super) prepared: bool,
 }
 
+type Manager = <Postgres as Database>::TransactionManager;
+
 /// A connection in a transaction, which sqlx rolls back when it is dropped.
 pub(in super::super) struct Open {
     transaction: sqlx::Transaction<'static, Postgres>,
@@ -61,8 +63,8 @@ impl Source for SqlxSource {
 
     async fn lock_and_look(&self, lock: Say, look: Say) -> Result<(bool, Looked), Failure> {
         let open = self.open(BEGIN_TO_LOOK).await?;
-        let (open, rows) = open.say_or_roll_back(vec![lock, look]).await?;
-        open.transaction.rollback().await?;
+        let (mut open, rows) = open.say_or_roll_back(vec![lock, look]).await?;
+        open.undo().await?;
         let [locked, looked] = &*rows else { return Err(no_row()) };
         Ok((locked.try_get("got")?, Looked::read_sqlx(looked)?))
     }
@@ -83,12 +85,35 @@ impl SqlxSource {
 }
 
 impl Open {
+    /// How many transactions of sqlx's are open, one within the other.
+    fn depth(&self) -> usize {
+        Manager::get_transaction_depth(&self.transaction)
+    }
+
+    /// The innermost. Not by the transaction's own method: that tells of a commit that failed before the server has undone
+    /// it, and is gone. From a commit that succeeds the connection knows that nothing is open, and so does its end.
+    async fn commit_one(&mut self) -> Result<(), Failure> {
+        if let Err(error) = Manager::commit(&mut self.transaction).await {
+            let _ = self.undo().await;
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// All of them.
+    async fn undo(&mut self) -> Result<(), Error> {
+        while self.depth() > 1 {
+            Manager::start_rollback(&mut self.transaction);
+        }
+        Manager::rollback(&mut self.transaction).await
+    }
+
     /// Nobody is told of a failure before it is rolled back: the next attempt may come at once.
     async fn say_or_roll_back(mut self, flight: Vec<Say>) -> Result<(Self, Vec<PgRow>), Failure> {
         match self.say(flight).await {
             Ok(rows) => Ok((self, rows)),
             Err(error) => {
-                let _ = self.transaction.rollback().await;
+                let _ = self.undo().await;
                 Err(error.into())
             }
         }
@@ -132,22 +157,18 @@ impl Connection for Open {
         Ok(vec![rows.len() == asked; asked])
     }
 
-    async fn commit(self, flight: Vec<Say>) -> Result<(), Failure> {
-        let (mut open, _) = self.say_or_roll_back(flight).await?;
-        // Not by the transaction itself: that tells of a commit that failed before the server has undone it, and is gone.
-        // From a commit that succeeds the connection knows that nothing is open, and so does the transaction's end.
-        match <Postgres as Database>::TransactionManager::commit(&mut open.transaction).await {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                let _ = open.transaction.rollback().await;
-                Err(error.into())
-            }
+    async fn commit(mut self, flight: Vec<Say>) -> Result<(), Failure> {
+        // What the handler began within and leaked, or that would be all that is committed in the end.
+        while self.depth() > 1 {
+            self.commit_one().await?;
         }
+        let (mut open, _) = self.say_or_roll_back(flight).await?;
+        open.commit_one().await
     }
 
     async fn roll_back(mut self, check: Option<Say>) -> Result<(), Failure> {
         let checked = self.say(check.into_iter().collect()).await;
-        let rolled_back = self.transaction.rollback().await;
+        let rolled_back = self.undo().await;
         checked.map(drop).and(rolled_back).map_err(Failure::from)
     }
 
