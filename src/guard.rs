@@ -337,7 +337,8 @@ pub(crate) fn settle_later(shared: &Arc<Shared>, lease: Lease, outcome: Outcome)
 /// Of a claim that was made twice the first one may arrive when its record is free again, and would be in progress with
 /// nobody at it. Where the record stays it finds that.
 fn give_up_first_try(shared: &Arc<Shared>, lease: &Lease, outcome: &Outcome) {
-    if matches!(outcome, Outcome::NotExecuted) {
+    let is_over = |retention: &Retention| *retention == Retention::For(Duration::ZERO);
+    if matches!(outcome, Outcome::NotExecuted) || matches!(outcome, Outcome::Completed(_, kept) if is_over(kept)) {
         let Lease { id, owner, .. } = *lease;
         settle_later(shared, Lease::new(id, owner, NEVER_GRANTED), Outcome::NotExecuted);
     }

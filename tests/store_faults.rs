@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use axum::response::IntoResponse;
 use http::StatusCode;
 use support::{
     app::{Control, call, gated, keyed, open, pay, spawn},
@@ -21,8 +22,8 @@ use support::{
 };
 use tokio::time::{Instant, sleep};
 use tower_idempotency::{
-    Begin, Claim, Guarantee, IdempotencyLayer, KeySource, Lease, MemoryStore, RecordId, Retention, Store, StoreError,
-    StoreErrorKind, StoredResponse,
+    Begin, Claim, Guarantee, IdempotencyLayer, Keep, KeySource, Lease, MemoryStore, RecordId, Retention, Store,
+    StoreError, StoreErrorKind, StoredResponse,
 };
 
 const DOWN: Fault = Fault::Error(StoreErrorKind::Unavailable);
@@ -107,7 +108,7 @@ impl Store for Overtaken {
     }
 
     async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
-        self.memory.complete(lease, response, retention).await
+        self.after(self.memory.complete(lease, response, retention)).await
     }
 
     async fn renew(&self, lease: &Lease, length: Duration) -> Result<(), StoreError> {
@@ -161,16 +162,19 @@ async fn of_two_claims_one_of_which_arrives_before_their_release_and_one_behind_
 
 #[tokio::test(start_paused = true)]
 async fn a_claim_that_arrives_when_its_repetition_has_run_and_was_released_does_not_stay() {
-    // Of an operation's own key; of one beside it.
-    for (passes, units) in [(0, "[]"), (1, r#"[{"id":"u"}]"#)] {
+    // Of an operation's own key; of one beside it; where what was kept is gone at once.
+    let unit = r#"[{"id":"u"}]"#;
+    for (passes, units, is_kept) in [(0, "[]", false), (1, unit, false), (0, "[]", true)] {
         let store = Overtaken::default();
         let layer = IdempotencyLayer::new(store.clone()).key(KeySource::body("/id").and_each("/units/*/id"));
         let control = open();
-        let app = support::app::answering(&control, layer.clone(), |run, _, _| {
-            axum::response::IntoResponse::into_response(match run {
-                1 => StatusCode::SERVICE_UNAVAILABLE,
-                _ => StatusCode::CREATED,
-            })
+        let app = support::app::answering(&control, layer.clone(), move |run, _, _| {
+            let keep = Keep::AnswerFor(Retention::For(Duration::ZERO));
+            match run {
+                1 if is_kept => (StatusCode::SERVICE_UNAVAILABLE, keep).into_response(),
+                1 => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+                _ => StatusCode::CREATED.into_response(),
+            }
         });
         let order = || {
             let body = format!(r#"{{"id":"a","units":{units}}}"#);

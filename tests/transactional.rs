@@ -199,6 +199,10 @@ async fn a_savepoint_that_a_handler_leaks_ends_with_its_transaction() {
                 "{library:?}"
             );
         }
+        // A statement that fails in it is undone with it.
+        let failed = bank.ask(order("s", 5, "nested fails 422")).await;
+        assert_eq!(failed.status.as_u16(), 422, "{library:?}");
+        assert!(bank.ask(order("s", 5, "nested fails 422")).await.is_replay());
         assert_eq!(bank.books().await, (1, MONEY), "{library:?}");
         let open = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
                     AND state LIKE 'idle in transaction%'";
@@ -264,13 +268,16 @@ async fn a_handler_that_rolls_back_by_itself_is_told_and_the_next_request_runs()
 
 #[tokio::test]
 async fn a_handler_that_keeps_its_transaction_is_told_and_it_is_undone() {
-    for library in BOTH {
+    for (library, leak) in BOTH
+        .into_iter()
+        .flat_map(|library| [(library, "leak"), (library, "nested leak")])
+    {
         let bank = Bank::with(library, gated(), |layer| layer).await;
         bank.control.let_go();
-        let answer = bank.ask(order("k", 5, "leak")).await;
+        let answer = bank.ask(order("k", 5, leak)).await;
         assert_eq!(answer.problem(), "transaction-misused", "{library:?}");
         // Until it lets go, its claim is there.
-        assert_eq!(bank.ask(order("k", 5, "leak")).await.problem(), "request-in-progress");
+        assert_eq!(bank.ask(order("k", 5, leak)).await.problem(), "request-in-progress");
         bank.control.let_go();
         loop {
             let again = spawn(&bank.app, order("k", 5, ""));

@@ -292,7 +292,13 @@ async fn transfer(
     let then = match order.then.strip_prefix("nested") {
         Some(then) => {
             transaction.leak_savepoint().await;
-            then.trim_start()
+            match then.trim_start().strip_prefix("fails ") {
+                Some(then) => {
+                    transaction.run("SELECT 1 / 0").await.expect_err("it fails");
+                    then
+                }
+                None => then.trim_start(),
+            }
         }
         None => &order.then,
     };

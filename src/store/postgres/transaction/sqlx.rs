@@ -20,7 +20,7 @@ use super::{
     BEGIN_TO_LOOK, Connection, Looked, Source,
     client::{self, no_row},
     say::{Failure, Say, Value},
-    statements::SAVEPOINT,
+    statements::{SAVEPOINT, UNDO},
     text::text,
 };
 use crate::{
@@ -39,10 +39,17 @@ pub(in super::super) struct SqlxSource {
 
 type Manager = <Postgres as Database>::TransactionManager;
 
-/// A connection in a transaction, which sqlx rolls back when it is dropped.
+/// A connection in a transaction, which is rolled back when it is dropped.
 pub(in super::super) struct Open {
     transaction: sqlx::Transaction<'static, Postgres>,
     prepared: bool,
+}
+
+impl Drop for Open {
+    /// What is within it; sqlx ends one, which is then the transaction itself.
+    fn drop(&mut self) {
+        self.undo_within();
+    }
 }
 
 impl Source for SqlxSource {
@@ -100,12 +107,25 @@ impl Open {
         Ok(())
     }
 
-    /// All of them.
-    async fn undo(&mut self) -> Result<(), Error> {
+    /// What the handler began within and leaked: sqlx would end one of those in place of the transaction. It is sent with
+    /// what follows.
+    fn undo_within(&mut self) {
         while self.depth() > 1 {
             Manager::start_rollback(&mut self.transaction);
         }
-        Manager::rollback(&mut self.transaction).await
+    }
+
+    /// All of it.
+    async fn undo(&mut self) -> Result<(), Error> {
+        let mut failures = self.depth();
+        self.undo_within();
+        loop {
+            match Manager::rollback(&mut self.transaction).await {
+                // Of what was to be sent before it, and it was not sent then: the handler ended that by a statement.
+                Err(Error::Database(_)) if failures > 1 => failures -= 1,
+                result => return result,
+            }
+        }
     }
 
     /// Nobody is told of a failure before it is rolled back: the next attempt may come at once.
@@ -158,7 +178,10 @@ impl Connection for Open {
     }
 
     async fn commit(mut self, flight: Vec<Say>) -> Result<(), Failure> {
-        // What the handler began within and leaked, or that would be all that is committed in the end.
+        let undoes = matches!(flight.first(), Some(Say::Plain(UNDO)));
+        if undoes {
+            self.undo_within();
+        }
         while self.depth() > 1 {
             self.commit_one().await?;
         }
@@ -238,6 +261,10 @@ struct SqlxSlot(Slot<Open>);
 /// What is written through it is committed together with the answer, or not at all. The layer does that when the handler
 /// has answered, so a handler neither commits nor rolls back; what it begins within is a savepoint, as always with sqlx.
 /// One at a time has it, and by then it has to be given back, by being dropped.
+///
+/// A `begin` within it must not be cut, as by a timeout around it alone: sqlx 0.8 then rolls back the whole transaction,
+/// the claim with it, and what the handler writes afterwards is committed statement by statement. It is answered with 500
+/// `transaction-misused`.
 ///
 /// ```
 /// # use axum::http::StatusCode;
