@@ -78,6 +78,10 @@ struct Happened {
     store: Arc<Told>,
 }
 
+async fn nothing_runs(_: Request<Full<Bytes>>) -> Result<Response<Full<Bytes>>, Infallible> {
+    panic!("nothing runs")
+}
+
 /// One request, and all that is left to be told afterwards.
 async fn happens<const N: usize>(finds: [Finds; N]) -> Happened {
     let store = Arc::new(Told {
@@ -85,11 +89,7 @@ async fn happens<const N: usize>(finds: [Finds; N]) -> Happened {
         ..Told::default()
     });
     let shared = Arc::new(Shared::new(Arc::clone(&store) as Arc<dyn DynStore>));
-    let handler = tower::service_fn(|_: Request<Full<Bytes>>| async {
-        panic!("nothing runs");
-        #[allow(unreachable_code)]
-        Ok::<_, Infallible>(Response::new(Full::new(Bytes::new())))
-    });
+    let handler = tower::service_fn(nothing_runs);
     let request = Request::post("/pay").header("idempotency-key", "k");
     let request = request.body(Full::new(Bytes::new())).unwrap();
     let response = Idempotency::new(handler, Arc::clone(&shared)).oneshot(request).await;

@@ -62,6 +62,15 @@ pub(super) enum WriteJob {
     Change(ChangeJob),
 }
 
+impl WriteJob {
+    pub(super) fn asked(&self) -> Time {
+        match self {
+            Self::Begin(job) => job.asked,
+            Self::Change(job) => job.asked,
+        }
+    }
+}
+
 /// What it takes of the room in a batch.
 pub(super) trait Weigh {
     fn bytes(&self) -> usize;

@@ -165,7 +165,7 @@ impl Writer {
         if let Some(broken) = self.shared.broken.get() {
             return refuse(jobs, || broken.clone().into());
         }
-        self.now = jobs.iter().map(asked).fold(self.now, Time::max);
+        self.now = jobs.iter().map(WriteJob::asked).fold(self.now, Time::max);
         self.try_to_recover();
         let result = match &*self.shared.database() {
             Some(database) => {
@@ -383,13 +383,6 @@ fn apply(
         room,
         stamped,
     })
-}
-
-fn asked(job: &WriteJob) -> Time {
-    match job {
-        WriteJob::Begin(job) => job.asked,
-        WriteJob::Change(job) => job.asked,
-    }
 }
 
 fn refuse(jobs: &mut Vec<WriteJob>, error: impl Fn() -> StoreError) {
