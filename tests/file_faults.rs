@@ -892,26 +892,18 @@ async fn a_damaged_page_that_a_reader_meets_fails_nobody_but_who_asked_for_it() 
 async fn a_reader_whose_view_of_the_file_is_damaged_leaves_it_to_the_writer_who_opens_it_again() {
     let (medium, clock) = (Failing::default(), TestClock::new());
     let builder = FileStore::builder("simulated").medium(medium.clone()).clock(clock);
-    let store = builder.cache_bytes(0).replay_bytes(0).open().await.unwrap();
-    for number in 0..60 {
-        let lease = acquire(&store, number).await.unwrap();
-        store
-            .complete(&lease, &response(number, 1000), Retention::Forever)
-            .await
-            .unwrap();
-    }
     // All of it is in the tables when it is opened next.
-    store.close().await;
+    complete_a_hundred(builder.open().await.unwrap()).await;
     let builder = FileStore::builder("simulated")
         .medium(medium.clone())
         .clock(TestClock::new());
     let store = builder.cache_bytes(0).replay_bytes(0).open().await.unwrap();
-    let lease = acquire(&store, 100).await.unwrap();
+    let lease = acquire(&store, 200).await.unwrap();
     let syncs = medium.syncs();
     medium.block_syncs(true);
     let completing = tokio::spawn({
         let store = store.clone();
-        async move { store.complete(&lease, &response(100, 1000), Retention::Forever).await }
+        async move { store.complete(&lease, &response(200, 1000), Retention::Forever).await }
     });
     while medium.syncs() == syncs {
         tokio::task::yield_now().await;
@@ -922,7 +914,7 @@ async fn a_reader_whose_view_of_the_file_is_damaged_leaves_it_to_the_writer_who_
     let reads = medium.reads();
     let looking = tokio::spawn({
         let store = store.clone();
-        async move { is_completed(&store, 8, &response(8, 1000)).await }
+        async move { is_completed(&store, 8, &response(8, 2000)).await }
     });
     while medium.reads() == reads {
         tokio::task::yield_now().await;
@@ -931,7 +923,7 @@ async fn a_reader_whose_view_of_the_file_is_damaged_leaves_it_to_the_writer_who_
     medium.block_syncs(false);
     completing.await.unwrap().unwrap();
     assert!(looking.await.unwrap(), "the writer found it");
-    assert!(is_completed(&store, 100, &response(100, 1000)).await);
+    assert!(is_completed(&store, 200, &response(200, 1000)).await);
     store.close().await;
 }
 
