@@ -19,6 +19,7 @@ mod future;
 pub mod fuzzing;
 mod grpc;
 mod guard;
+mod hex;
 mod identity;
 mod json;
 mod keep;

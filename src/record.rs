@@ -2,7 +2,7 @@
 
 use std::{fmt, time::Duration};
 
-use crate::{codec::StoredResponse, fingerprint::Fingerprint, random};
+use crate::{codec::StoredResponse, fingerprint::Fingerprint, hex, random};
 
 /// The look-up key of a record: a hash over scope and idempotency key, of fixed length and safe to log in part.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -23,9 +23,7 @@ impl RecordId {
 impl RecordId {
     /// All 64 hexadecimal digits.
     pub fn to_hex(&self) -> String {
-        self.0
-            .iter()
-            .fold(String::with_capacity(64), |hex, byte| hex + &format!("{byte:02x}"))
+        hex::of(&self.0)
     }
 }
 

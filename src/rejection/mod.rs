@@ -10,7 +10,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header, req
 use serde_json::Value;
 
 pub use self::{format::RejectionFormat, kind::RejectionKind};
-use crate::{grpc, random};
+use crate::{grpc, hex, random};
 
 /// Why a request was refused. Found in the extensions of every refusal, and handed to
 /// [`rejections`](crate::IdempotencyLayer::rejections).
@@ -100,7 +100,7 @@ impl Rejection {
     }
 
     fn draw_debug_id(&mut self) {
-        self.debug_id = random::bytes().map_or_else(|_| Box::default(), |bytes| hex(&bytes).into());
+        self.debug_id = random::bytes().map_or_else(|_| Box::default(), |bytes: [u8; 16]| hex::of(&bytes).into());
     }
 
     fn announce_retry(&self, headers: &mut HeaderMap) {
@@ -213,10 +213,6 @@ impl fmt::Debug for Problems {
             .field("retry_after", &self.retry_after)
             .finish_non_exhaustive()
     }
-}
-
-fn hex(bytes: &[u8; 16]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn problem_response(rejection: &Rejection) -> Response<Bytes> {

@@ -6,8 +6,11 @@ use redis::{Client, aio::ConnectionLike, cluster::ClusterClient, sentinel::Senti
 
 use super::{
     Inner, RedisStore, address,
-    connection::{Connection, Replicas, Settings},
+    complete::Queue,
+    connection::{Connection, Settings},
     failure::classify,
+    flight::Replicas,
+    granted::Granted,
     keys::Keys,
     scripts::Scripts,
     tls::Certificates,
@@ -172,6 +175,8 @@ impl RedisStoreBuilder {
             scripts: Scripts::new(way.is_cluster()),
             waiters: Waiters::new(way, keys.clone(), timeout),
             keys,
+            granted: Granted::new(),
+            queue: Queue::default(),
             hints: Hints::new(),
         };
         Ok(RedisStore { inner: Arc::new(inner) })

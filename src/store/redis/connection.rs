@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, ServerErrorKind, Value};
+use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
 use tokio::{
     sync::watch,
     time::{Instant, error::Elapsed, sleep, timeout, timeout_at},
@@ -13,6 +13,7 @@ use tokio::{
 
 use super::{
     failure::{is_answer, is_over, leads_elsewhere},
+    flight::{Flight, Kind, Landed, Replicas},
     scripts::Step,
     server,
     way::{Link, Way},
@@ -35,13 +36,6 @@ pub(super) struct Settings {
     pub(super) replicas: Option<Replicas>,
 }
 
-/// How many replicas have to acknowledge a change, and within which time.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Replicas {
-    pub(super) count: usize,
-    pub(super) within: Duration,
-}
-
 pub(super) struct Connection {
     way: Arc<Way>,
     settings: Settings,
@@ -51,6 +45,8 @@ pub(super) struct Connection {
 #[derive(Default)]
 struct State {
     link: Option<Link>,
+    /// Whether its server compares and sets by one command.
+    compares: bool,
     /// Counts links, so that nobody gives up another one than the one that failed.
     number: u64,
     /// Runs as a task: whoever waits for it may leave, and the next one goes on waiting.
@@ -63,34 +59,15 @@ struct State {
 
 #[derive(Clone)]
 struct Opening {
-    result: watch::Receiver<Option<RedisResult<Link>>>,
+    result: watch::Receiver<Option<RedisResult<Opened>>>,
     /// It has ended by then, unless the runtime that it is a task of does not run.
     until: Instant,
 }
 
-/// A step, what is asked before it, and what came back.
-pub(super) struct Flight<'a> {
-    pub(super) key: &'a [u8],
-    /// Asks for a number.
-    pub(super) before: Option<Cmd>,
-    pub(super) step: &'a Cmd,
-    pub(super) kind: Kind,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// Asks a primary, and no replica is waited for.
-    Read,
-    Change,
-}
-
-#[derive(Debug)]
-pub(super) struct Landed {
-    /// `None` where it was not asked, or not answered.
-    pub(super) before: Option<i64>,
-    pub(super) answer: RedisResult<Value>,
-    /// Whether as many replicas acknowledged what was written as have to.
-    pub(super) is_safe: bool,
+#[derive(Clone)]
+struct Opened {
+    link: Link,
+    compares: bool,
 }
 
 impl Connection {
@@ -107,8 +84,13 @@ impl Connection {
         self.link(after(Instant::now(), most(&self.settings))).await.map(drop)
     }
 
-    pub(super) fn is_cluster(&self) -> bool {
-        self.way.is_cluster()
+    pub(super) fn way(&self) -> &Way {
+        &self.way
+    }
+
+    /// Whether `SET … IFEQ` is known to every server that the present link leads to.
+    pub(super) fn compares(&self) -> bool {
+        self.state().compares
     }
 
     pub(super) fn deadline(&self) -> Instant {
@@ -117,87 +99,26 @@ impl Connection {
 
     /// Sends a step. It was written wholly or not at all when this is dropped.
     pub(super) async fn send(&self, flight: Flight<'_>, deadline: Instant) -> Landed {
-        let failed = |error| Landed {
-            before: None,
-            answer: Err(error),
-            is_safe: false,
-        };
         let (mut link, number) = match self.link(deadline).await {
             Ok(link) => link,
-            Err(error) => return failed(error),
+            Err(error) => return Landed::failed(error),
         };
-        let landed = timeout_at(deadline, self.fly(&mut link, flight)).await;
-        let landed = landed.unwrap_or_else(|elapsed| failed(late(elapsed)));
+        let landed = timeout_at(deadline, flight.fly(&mut link, self.settings.replicas)).await;
+        let landed = landed.unwrap_or_else(|elapsed| Landed::failed(late(elapsed)));
         self.note(number, landed.answer.as_ref().err());
         landed
     }
 
-    async fn fly(&self, link: &mut Link, flight: Flight<'_>) -> Landed {
-        let Flight {
-            key,
-            before,
-            step,
-            kind,
-        } = flight;
-        let replicas = self.settings.replicas.filter(|_| kind == Kind::Change);
-        if before.is_none() && replicas.is_none() {
-            return Landed {
-                before: None,
-                answer: match kind {
-                    Kind::Read => link.ask_primary(key, step).await,
-                    Kind::Change => link.send(step).await,
-                },
-                is_safe: true,
-            };
-        }
-        let mut commands = Pipeline::with_capacity(3);
-        let asks = before.is_some();
-        if let Some(before) = before {
-            commands.add_command(before);
-        }
-        commands.add_command(step.clone());
-        if let Some(Replicas { count, within }) = replicas {
-            // Nothing is for ever there.
-            let millis = u64::try_from(within.as_millis()).unwrap_or(u64::MAX).max(1);
-            commands.cmd("WAIT").arg(count).arg(millis);
-        }
-        let answers = match link.send_all(key, commands).await {
-            Ok(answers) => answers,
-            Err(error) => {
-                return Landed {
-                    before: None,
-                    answer: Err(error),
-                    is_safe: false,
-                };
-            }
-        };
-        let mut answers = answers.into_iter();
-        let number = |answer| match answer {
-            Some(Value::Int(number)) => Some(number),
-            _ => None,
-        };
-        let before = if asks { number(answers.next()) } else { None };
-        let answer = answers.next().unwrap_or(Value::Nil).extract_error();
-        let is_safe = replicas.is_none_or(|replicas| {
-            let acknowledged = number(answers.next()).and_then(|count| usize::try_from(count).ok());
-            acknowledged.is_some_and(|count| count >= replicas.count)
-        });
-        Landed {
-            before,
-            answer,
-            is_safe,
-        }
-    }
-
-    /// Runs a step on the server.
-    pub(super) async fn run(&self, step: &Step, key: &[u8], arguments: &[&[u8]], deadline: Instant) -> Landed {
+    /// Runs a step on the server, on keys that are in one place.
+    pub(super) async fn run(&self, step: &Step, keys: &[&[u8]], arguments: &[&[u8]], deadline: Instant) -> Landed {
         let run = |name, script| {
-            let command = command(name, script, key, arguments);
+            let command = command(name, script, keys, arguments);
             async move {
                 let flight = Flight {
-                    key,
+                    key: keys.first().copied().unwrap_or_default(),
                     before: None,
-                    step: &command,
+                    step: command,
+                    after: None,
                     kind: Kind::Change,
                 };
                 self.send(flight, deadline).await
@@ -232,9 +153,10 @@ impl Connection {
                 .as_ref()
                 .is_some_and(|present| present.result.same_channel(&opening.result));
             match opened {
-                Some(Ok(link)) if is_present => {
+                Some(Ok(Opened { link, compares })) if is_present => {
                     state.opening = None;
                     state.link = Some(link);
+                    state.compares = compares;
                     state.number += 1;
                 }
                 Some(Ok(_)) => {}
@@ -318,11 +240,11 @@ impl State {
     }
 }
 
-async fn open(way: &Way, settings: &Settings) -> RedisResult<Link> {
+async fn open(way: &Way, settings: &Settings) -> RedisResult<Opened> {
     let opening = async {
         let mut link = way.open(settings.timeout).await?;
-        server::check(&mut link, way.is_cluster(), settings.refuse_forgetful_server).await?;
-        Ok(link)
+        let compares = server::check(&mut link, way.is_cluster(), settings.refuse_forgetful_server).await?;
+        Ok(Opened { link, compares })
     };
     timeout(most(settings), opening)
         .await
@@ -340,14 +262,14 @@ fn after(now: Instant, time: Duration) -> Instant {
         .unwrap_or(now + Duration::from_secs(365 * 24 * 60 * 60))
 }
 
-fn late(elapsed: Elapsed) -> RedisError {
+pub(super) fn late(elapsed: Elapsed) -> RedisError {
     std::io::Error::new(std::io::ErrorKind::TimedOut, elapsed).into()
 }
 
-fn command(name: &str, script: &str, key: &[u8], arguments: &[&[u8]]) -> Cmd {
+fn command(name: &str, script: &str, keys: &[&[u8]], arguments: &[&[u8]]) -> Cmd {
     let mut command = redis::cmd(name);
-    command.arg(script).arg(1).arg(key);
-    for argument in arguments {
+    command.arg(script).arg(keys.len());
+    for argument in keys.iter().chain(arguments) {
         command.arg(*argument);
     }
     command
@@ -380,6 +302,7 @@ mod tests {
     fn pauses_between_tries_to_connect_double_up_to_the_longest() {
         let mut state = State {
             link: None,
+            compares: false,
             number: 0,
             opening: None,
             pause: Duration::ZERO,

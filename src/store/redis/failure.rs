@@ -53,6 +53,11 @@ pub(super) fn is_answer(error: &RedisError) -> bool {
         )
 }
 
+/// The server did not understand, and did nothing.
+pub(super) fn is_refused(error: &RedisError) -> bool {
+    error.code() == Some("ERR")
+}
+
 /// The server is no primary any more, and another one is.
 pub(super) fn leads_elsewhere(error: &RedisError) -> bool {
     matches!(

@@ -1,6 +1,6 @@
 //! The names of records on the server.
 
-use crate::record::RecordId;
+use crate::{hex, record::RecordId};
 
 /// What all names begin with.
 #[derive(Clone, Debug)]
@@ -13,13 +13,9 @@ impl Keys {
 
     /// One key holds all of a record. Changes are published under the same name, so that they are where the record is.
     pub(super) fn key(&self, id: &RecordId) -> String {
-        const DIGITS: &[u8; 16] = b"0123456789abcdef";
         let mut key = String::with_capacity(self.0.len() + 64);
         key.push_str(&self.0);
-        for byte in id.as_bytes() {
-            key.push(char::from(DIGITS[usize::from(byte >> 4)]));
-            key.push(char::from(DIGITS[usize::from(byte & 15)]));
-        }
+        hex::push(&mut key, id.as_bytes());
         key
     }
 

@@ -2,8 +2,11 @@
 
 mod address;
 mod builder;
+mod complete;
 mod connection;
 mod failure;
+mod flight;
+mod granted;
 mod keys;
 mod record;
 mod scripts;
@@ -23,8 +26,11 @@ pub use self::builder::RedisStoreBuilder;
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::record::look_at as look_at_redis_record;
 use self::{
-    connection::{Connection, Flight, Kind, unexpected},
+    complete::Queue,
+    connection::{Connection, unexpected},
     failure::classify,
+    flight::{Flight, Kind},
+    granted::Granted,
     keys::Keys,
     record::{Record, State},
     scripts::{Scripts, Step},
@@ -66,6 +72,8 @@ struct Inner {
     keys: Keys,
     scripts: Scripts,
     waiters: Arc<Waiters>,
+    granted: Granted,
+    queue: Queue,
     hints: Hints,
 }
 
@@ -103,16 +111,7 @@ impl Store for RedisStore {
     }
 
     async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
-        let scripts = &self.inner.scripts;
-        let step = match response.is_kept() {
-            true => &scripts.complete,
-            // There is always room for the fact.
-            false => &scripts.complete_without_answer,
-        };
-        let time_to_live = record::completed_millis(retention).map_or_else(String::new, |millis| millis.to_string());
-        let completion = record::completion(response, retention);
-        let arguments: [&[u8]; 3] = [lease.owner.as_bytes(), &completion, time_to_live.as_bytes()];
-        self.inner.change(step, lease, &arguments).await?;
+        self.inner.complete(lease, response, retention).await?;
         self.inner.hints.add(&lease.id);
         Ok(())
     }
@@ -147,12 +146,13 @@ impl Inner {
         let key = self.keys.key(id);
         // Asked before, so that it says something of the record that is found; and not in a cluster, where two commands
         // in a flight may meet two servers.
-        let asks = claim.asks_for_remaining && !self.connection.is_cluster();
+        let asks = claim.asks_for_remaining && !self.connection.way().is_cluster();
         let send = async |step: Cmd, kind| {
             let flight = Flight {
                 key: key.as_bytes(),
                 before: asks.then(|| redis::cmd("PTTL").arg(&key).clone()),
-                step: &step,
+                step,
+                after: None,
                 kind,
             };
             self.connection.send(flight, deadline).await
@@ -170,15 +170,19 @@ impl Inner {
                 return Ok(replay);
             }
         }
+        let first = record::in_progress(claim, 1);
         let mut set = Cmd::with_capacity(7, key.len() + record::HEAD + 96);
-        set.arg("SET").arg(&key).arg(&record::in_progress(claim, 1)[..]);
+        set.arg("SET").arg(&key).arg(&first[..]);
         set.arg("NX")
             .arg("GET")
             .arg("PX")
             .arg(record::in_progress_millis(claim));
         let landed = send(set, Kind::Change).await;
         match landed.answer {
-            Ok(Value::Nil) => safe(Begin::Acquired(Lease::new(*id, claim.owner, 1)), landed.is_safe),
+            Ok(Value::Nil) => {
+                self.granted.add(&claim.owner, &first);
+                safe(Begin::Acquired(Lease::new(*id, claim.owner, 1)), landed.is_safe)
+            }
             Ok(Value::BulkString(bytes)) => match replay(Record::decode(bytes)?, claim, landed.before) {
                 Some(replay) => Ok(replay),
                 None => self.look_closer(id, claim, true, deadline).await,
@@ -219,9 +223,12 @@ impl Inner {
             if has_room { b"1" } else { b"0" },
         ];
         let (key, step) = (self.keys.key(id), &self.scripts.begin);
-        let landed = self.connection.run(step, key.as_bytes(), &arguments, deadline).await;
+        let landed = self.connection.run(step, &[key.as_bytes()], &arguments, deadline).await;
         let is_safe = landed.is_safe;
-        let acquired = |fence| safe(Begin::Acquired(Lease::new(*id, claim.owner, fence)), is_safe);
+        let acquired = |fence| {
+            self.granted.add(&claim.owner, &record::in_progress(claim, fence));
+            safe(Begin::Acquired(Lease::new(*id, claim.owner, fence)), is_safe)
+        };
         match Said::read(landed.answer.map_err(classify)?)? {
             Said {
                 what: scripts::VACANT, ..
@@ -249,7 +256,17 @@ impl Inner {
 
     async fn change(&self, step: &Step, lease: &Lease, arguments: &[&[u8]]) -> Result<(), StoreError> {
         let (key, deadline) = (self.keys.key(&lease.id), self.connection.deadline());
-        let landed = self.connection.run(step, key.as_bytes(), arguments, deadline).await;
+        self.change_until(step, &key, arguments, deadline).await
+    }
+
+    async fn change_until(
+        &self,
+        step: &Step,
+        key: &str,
+        arguments: &[&[u8]],
+        deadline: Instant,
+    ) -> Result<(), StoreError> {
+        let landed = self.connection.run(step, &[key.as_bytes()], arguments, deadline).await;
         let is_safe = landed.is_safe;
         match landed.answer.map_err(classify)? {
             Value::Int(scripts::CHANGED) => safe((), is_safe),

@@ -19,7 +19,7 @@
 //! The scripts on the server read the first five fields in place, and change the state alone; so it is not under the
 //! checksum, and any two of its values differ in four bits at least.
 
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
 use bytes::{Buf, Bytes};
 
@@ -37,6 +37,8 @@ pub(super) const COMPLETED: u8 = 0x55;
 /// Everything before the answer and its checksum.
 pub(super) const HEAD: usize = 71;
 const CHECKED: usize = HEAD - 4;
+/// Owner and fence.
+pub(super) const NAME: Range<usize> = 2..26;
 
 /// Time that Redis counts in 35,000 years is time for ever; so sums of two are exact in a script's numbers, and no
 /// instant is past the last one that the server knows.
@@ -81,22 +83,24 @@ pub(super) fn in_progress(claim: &Claim, fence: u64) -> [u8; HEAD] {
     head
 }
 
-/// What follows the head of a completed record.
-pub(super) fn completion(response: &StoredResponse, retention: Retention) -> Vec<u8> {
+/// The record that was `in_progress` until now, completed.
+pub(super) fn completed(in_progress: &[u8; HEAD], response: &StoredResponse, retention: Retention) -> Vec<u8> {
     let answer = response.as_bytes();
     let kept = retention_millis(retention).to_le_bytes();
-    let mut out = Vec::with_capacity(12 + answer.len());
-    out.extend_from_slice(&[0; 4]);
-    out.extend_from_slice(&kept);
-    out.extend_from_slice(answer);
-    let checksum = crc32fast::hash(&out[4..]);
-    out[..4].copy_from_slice(&checksum.to_le_bytes());
-    out
+    let mut record = Vec::with_capacity(HEAD + 12 + answer.len());
+    record.extend_from_slice(in_progress);
+    record[1] = COMPLETED;
+    record.extend_from_slice(&[0; 4]);
+    record.extend_from_slice(&kept);
+    record.extend_from_slice(answer);
+    let checksum = crc32fast::hash(&record[HEAD + 4..]);
+    record[HEAD..HEAD + 4].copy_from_slice(&checksum.to_le_bytes());
+    record
 }
 
-/// Owner and fence as they stand in a record, for comparison by a script.
-pub(super) fn name_of(lease: &Lease) -> [u8; 24] {
-    let mut name = [0; 24];
+/// Owner and fence as they stand in a record.
+pub(super) fn name_of(lease: &Lease) -> [u8; NAME.end - NAME.start] {
+    let mut name = [0; NAME.end - NAME.start];
     name[..16].copy_from_slice(lease.owner.as_bytes());
     name[16..].copy_from_slice(&lease.fence.to_le_bytes());
     name
@@ -253,11 +257,12 @@ mod tests {
     }
 
     fn completed() -> Vec<u8> {
-        let mut bytes = in_progress(&claim(), 5).to_vec();
-        bytes[1] = COMPLETED;
         let answer = StoredResponse::not_kept(StatusCode::CREATED);
-        bytes.extend(completion(&answer, Retention::For(Duration::from_secs(2))));
-        bytes
+        super::completed(
+            &in_progress(&claim(), 5),
+            &answer,
+            Retention::For(Duration::from_secs(2)),
+        )
     }
 
     /// Version 1 as it was first released. These bytes are on servers: they never change.

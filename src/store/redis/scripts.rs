@@ -27,6 +27,7 @@ pub(super) struct Scripts {
     pub(super) begin: Step,
     pub(super) complete: Step,
     pub(super) complete_without_answer: Step,
+    pub(super) complete_many: Step,
     pub(super) renew: Step,
     pub(super) release: Step,
     pub(super) abandon: Step,
@@ -45,6 +46,7 @@ impl Scripts {
             begin: step(ALLOW_OOM, &[BEGIN]),
             complete: step("", &[OWNED, COMPLETE, wake]),
             complete_without_answer: step(ALLOW_OOM, &[OWNED, COMPLETE, wake]),
+            complete_many: of_code(COMPLETE_MANY.to_owned()),
             renew: step(ALLOW_OOM, &[OWNED, RENEW]),
             release: step(ALLOW_OOM, &[OWNED, RELEASE, wake]),
             abandon: step(ALLOW_OOM, &[OWNED, ABANDON, wake]),
@@ -66,6 +68,10 @@ fn step(flags: &str, parts: &[&str]) -> Step {
          local value = redis.call('GET', key)\n\
          {body}"
     );
+    of_code(code)
+}
+
+fn of_code(code: String) -> Step {
     let hash = Script::new(&code).get_hash().to_owned();
     Step { code, hash }
 }
@@ -128,6 +134,34 @@ if ARGV[3] == '' then
 else
     redis.call('SET', key, completed, 'PX', ARGV[3])
 end
+";
+
+/// Completions that came at once, each as the simplest case alone: the record is as its claim set it. Answers a number for
+/// each key, and 0 says nothing of it but that nothing was changed.
+///
+/// ARGV: for each key the record in progress, the completed one, its time to live or an empty string.
+///
+/// A long string costs a script more than its other steps, so the record comes whole and is not put together here.
+const COMPLETE_MANY: &str = r"#!lua
+local done = {}
+for i, key in ipairs(KEYS) do
+    local at = 3 * i
+    done[i] = 0
+    if redis.pcall('GET', key) == ARGV[at - 2] then
+        local set
+        if ARGV[at] == '' then
+            set = redis.pcall('SET', key, ARGV[at - 1])
+        else
+            set = redis.pcall('SET', key, ARGV[at - 1], 'PX', ARGV[at])
+        end
+        if set.ok then done[i] = 1 end
+    end
+end
+local listeners = redis.pcall('PUBSUB', 'NUMSUB', unpack(KEYS))
+for i = 2, #listeners, 2 do
+    if listeners[i] > 0 then redis.pcall('PUBLISH', listeners[i - 1], '') end
+end
+return done
 ";
 
 /// ARGV: the owner, the lease. What was abandoned stays so: a renewal that was late must not revive it.

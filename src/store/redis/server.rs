@@ -10,13 +10,14 @@ use super::{address::wrong, way::Link};
 #[derive(Debug, PartialEq, Eq)]
 struct Facts<'a> {
     version: Option<(u32, u32)>,
+    compares: bool,
     eviction: Option<&'a str>,
     append_only: Option<bool>,
     is_in_a_cluster: bool,
 }
 
-/// Warns of servers that may forget records, or refuses them.
-pub(super) async fn check(link: &mut Link, is_cluster: bool, refuse: bool) -> RedisResult<()> {
+/// Warns of servers that may forget records, or refuses them. Says whether all of them know `SET … IFEQ`.
+pub(super) async fn check(link: &mut Link, is_cluster: bool, refuse: bool) -> RedisResult<bool> {
     let mut command = redis::cmd("INFO");
     command.arg("server").arg("memory").arg("persistence").arg("cluster");
     let said = match link.ask_each(&command).await {
@@ -26,6 +27,7 @@ pub(super) async fn check(link: &mut Link, is_cluster: bool, refuse: bool) -> Re
         Err(error) => return Err(error),
     };
     let mut known = BTreeSet::new();
+    let mut compares = true;
     for info in said {
         let info: String = from_redis_value(info)?;
         let facts = Facts::read(&info);
@@ -39,6 +41,7 @@ pub(super) async fn check(link: &mut Link, is_cluster: bool, refuse: bool) -> Re
             ));
         }
         known.extend(facts.dangers());
+        compares &= facts.compares;
     }
     // The servers of a cluster are mostly alike.
     for danger in &known {
@@ -46,7 +49,7 @@ pub(super) async fn check(link: &mut Link, is_cluster: bool, refuse: bool) -> Re
     }
     match known.pop_first() {
         Some(danger) if refuse => Err((ErrorKind::InvalidClientConfig, "a forgetful server", danger).into()),
-        _ => Ok(()),
+        _ => Ok(compares),
     }
 }
 
@@ -56,12 +59,19 @@ impl<'a> Facts<'a> {
             let mut fields = info.lines().filter_map(|line| line.split_once(':'));
             fields.find(|(found, _)| *found == name).map(|(_, value)| value.trim())
         };
-        let version = field("redis_version").and_then(|version| {
-            let mut numbers = version.split('.');
+        let version = |name| {
+            let mut numbers = field(name)?.split('.');
             Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
-        });
+        };
+        let redis = version("redis_version");
+        let compares = match version("valkey_version") {
+            // It says it is a Redis, too, and means the one that it began as.
+            Some(valkey) => valkey >= (8, 1),
+            None => redis.is_some_and(|redis| redis >= (8, 4)),
+        };
         Self {
-            version,
+            version: redis,
+            compares,
             eviction: field("maxmemory_policy"),
             append_only: field("aof_enabled").map(|enabled| enabled == "1"),
             is_in_a_cluster: field("cluster_enabled") == Some("1"),
@@ -106,5 +116,21 @@ mod tests {
         assert_eq!(dangers(""), 2);
         assert_eq!(Facts::read("redis_version:6.2.14\r\n").version, Some((6, 2)));
         assert!(Facts::read("cluster_enabled:1\r\n").is_in_a_cluster);
+    }
+
+    #[test]
+    fn a_server_compares_and_sets_from_redis_8_4_and_valkey_8_1_on() {
+        for (info, compares) in [
+            ("redis_version:7.4.1\r\n", false),
+            ("redis_version:8.2.0\r\n", false),
+            ("redis_version:8.4.0\r\n", true),
+            ("redis_version:10.0.0\r\n", true),
+            ("redis_version:7.2.4\r\nvalkey_version:8.0.1\r\n", false),
+            ("redis_version:7.2.4\r\nvalkey_version:8.1.1\r\n", true),
+            ("redis_version:7.2.4\r\nvalkey_version:9.0.0\r\n", true),
+            ("", false),
+        ] {
+            assert_eq!(Facts::read(info).compares, compares, "{info}");
+        }
     }
 }

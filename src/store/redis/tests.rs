@@ -12,7 +12,8 @@ use tokio::time::Instant;
 
 use super::{
     RedisStore, RedisStoreBuilder, Said, address,
-    connection::{Connection, Flight, Kind, Settings},
+    connection::{Connection, Settings},
+    flight::{Flight, Kind},
     tls::Certificates,
     way::Way,
 };
@@ -117,7 +118,8 @@ async fn ask(connection: &Connection) -> RedisResult<Value> {
     let flight = Flight {
         key: b"key",
         before: None,
-        step: &redis::cmd("PING"),
+        step: redis::cmd("PING"),
+        after: None,
         kind: Kind::Change,
     };
     connection.send(flight, connection.deadline()).await.answer

@@ -60,9 +60,14 @@ impl Way {
         matches!(self, Self::Cluster(_))
     }
 
+    /// Whether somebody else made it.
+    pub(super) fn is_foreign(&self) -> bool {
+        matches!(self, Self::Own(_))
+    }
+
     /// Whether what is published can be heard.
     pub(super) fn has_ears(&self) -> bool {
-        !matches!(self, Self::Own(_))
+        !self.is_foreign()
     }
 
     /// Whether what is opened finds its own way when servers come and go.

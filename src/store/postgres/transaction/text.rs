@@ -5,6 +5,7 @@
 use std::fmt::Write;
 
 use super::say::{Say, Value};
+use crate::hex;
 
 /// One text of all of it.
 pub(super) fn text(flight: impl IntoIterator<Item = Say>) -> String {
@@ -72,13 +73,9 @@ fn write_value(text: &mut String, value: &Value) {
 }
 
 fn write_bytes(text: &mut String, bytes: &[u8]) {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
     text.reserve(2 * bytes.len() + 20);
     text.push_str("'\\x");
-    for byte in bytes {
-        text.push(char::from(DIGITS[usize::from(byte >> 4)]));
-        text.push(char::from(DIGITS[usize::from(byte & 15)]));
-    }
+    hex::push(text, bytes);
     text.push_str("'::bytea");
 }
 
