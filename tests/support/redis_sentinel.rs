@@ -60,10 +60,12 @@ impl Watched {
         loop {
             let info: String = self.servers[1].ask(&["INFO", "replication"]).await;
             if info.contains("master_link_status:up") {
-                return;
+                break;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+        // The replica says so first. Its primary may learn it a second later, and counts it from then on.
+        while self.servers[0].ask::<usize>(&["WAIT", "1", "100"]).await == 0 {}
     }
 
     /// All sentinels; one that nobody runs is before them.
