@@ -8,7 +8,10 @@ use std::{
 
 use tempfile::TempDir;
 
-use super::{ports::free_port, redis::Redis};
+use super::{
+    ports::free_port,
+    redis::{Redis, program, spawn},
+};
 
 pub const SERVICE: &str = "orders";
 const SENTINELS: usize = 3;
@@ -104,13 +107,13 @@ impl Sentinel {
             format!("sentinel failover-timeout {SERVICE} 5000"),
         ];
         fs::write(&file, lines.join("\n")).expect("it is written");
-        let process = Command::new("redis-server")
-            .arg(&file)
-            .arg("--sentinel")
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the package redis-server is installed");
+        let process = spawn(
+            Command::new(program())
+                .arg(&file)
+                .arg("--sentinel")
+                .stdout(Stdio::null())
+                .stderr(Stdio::null()),
+        );
         Self {
             process,
             port,
