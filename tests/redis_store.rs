@@ -12,7 +12,10 @@ use std::{
 };
 
 use http::StatusCode;
-use support::{proxy::Proxy, redis::Redis};
+use support::{
+    proxy::Proxy,
+    redis::{Redis, program},
+};
 #[cfg(feature = "cached")]
 use tower_idempotency::Cached;
 use tower_idempotency::{
@@ -72,6 +75,18 @@ impl<S: Store, M: Future<Output = S> + Send, F: Fn() -> M + Sync> Subject for Ma
 
     fn waits(&self) -> bool {
         true
+    }
+}
+
+/// Or a run of these tests against Valkey would be one more against Redis.
+#[tokio::test]
+async fn the_server_is_valkey_where_valkey_is_to_be_tested() {
+    let server = Redis::start(&[]);
+    let info: String = server.ask(&["INFO", "server"]).await;
+    let says = |field: &str| info.lines().any(|line| line.starts_with(field));
+    assert!(says("redis_version:"), "{info}");
+    if std::env::var_os("EXPECT_VALKEY").is_some() {
+        assert!(says("valkey_version:"), "{:?} is none: {info}", program());
     }
 }
 

@@ -1,6 +1,8 @@
 //! Redis servers as processes of their own, on private ports of the loopback interface.
 
 use std::{
+    env,
+    ffi::OsString,
     io::{BufRead, BufReader},
     process::{Child, Command, Stdio},
 };
@@ -21,8 +23,21 @@ pub struct Redis {
 /// Whether somebody else took the port before the server did is only known once it has started.
 const TRIES: usize = 20;
 
+/// What is run as a server, and as a sentinel: `redis-server`, or what the environment has in `REDIS_SERVER`.
+pub fn program() -> OsString {
+    env::var_os("REDIS_SERVER").unwrap_or_else(|| "redis-server".into())
+}
+
+/// Runs the [`program`] of this command, which says why not where it cannot.
+pub fn spawn(command: &mut Command) -> Child {
+    command.spawn().unwrap_or_else(|error| {
+        let program = command.get_program();
+        panic!("{program:?} does not run: {error}; is the package redis-server installed, or REDIS_SERVER wrong?")
+    })
+}
+
 impl Redis {
-    /// A server that neither evicts nor forgets. Options are those of `redis-server`.
+    /// A server that neither evicts nor forgets. Options are those of the [`program`].
     pub fn start(options: &[&str]) -> Self {
         let mut server = Self {
             process: None,
@@ -36,7 +51,7 @@ impl Redis {
                 return server;
             }
         }
-        panic!("redis-server does not start; is the package redis-server installed?");
+        panic!("{:?} runs, and does not become ready with {options:?}", program());
     }
 
     /// Starts it again on its port, with what its folder holds, and waits until it says so much.
@@ -50,15 +65,15 @@ impl Redis {
     }
 
     fn run(&mut self, until: &str) -> bool {
-        let mut process = Command::new("redis-server")
-            .args(["--bind", "127.0.0.1", "--port", &self.port.to_string()])
-            .args(["--appendonly", "yes", "--appendfsync", "always", "--save", ""])
-            .args(&self.options)
-            .current_dir(self.folder.path())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the package redis-server is installed");
+        let mut process = spawn(
+            Command::new(program())
+                .args(["--bind", "127.0.0.1", "--port", &self.port.to_string()])
+                .args(["--appendonly", "yes", "--appendfsync", "always", "--save", ""])
+                .args(&self.options)
+                .current_dir(self.folder.path())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::null()),
+        );
         let mut lines = BufReader::new(process.stdout.take().expect("it is piped")).lines();
         let is_up = lines.by_ref().any(|line| line.is_ok_and(|line| line.contains(until)));
         if is_up {

@@ -8,7 +8,10 @@ use std::{
 
 use tempfile::TempDir;
 
-use super::{ports::free_port, redis::Redis};
+use super::{
+    ports::free_port,
+    redis::{Redis, program, spawn},
+};
 
 pub const SERVICE: &str = "orders";
 const SENTINELS: usize = 3;
@@ -60,10 +63,12 @@ impl Watched {
         loop {
             let info: String = self.servers[1].ask(&["INFO", "replication"]).await;
             if info.contains("master_link_status:up") {
-                return;
+                break;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+        // The replica says so first. Its primary may learn it a second later, and counts it from then on.
+        while self.servers[0].ask::<usize>(&["WAIT", "1", "100"]).await == 0 {}
     }
 
     /// All sentinels; one that nobody runs is before them.
@@ -102,13 +107,13 @@ impl Sentinel {
             format!("sentinel failover-timeout {SERVICE} 5000"),
         ];
         fs::write(&file, lines.join("\n")).expect("it is written");
-        let process = Command::new("redis-server")
-            .arg(&file)
-            .arg("--sentinel")
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the package redis-server is installed");
+        let process = spawn(
+            Command::new(program())
+                .arg(&file)
+                .arg("--sentinel")
+                .stdout(Stdio::null())
+                .stderr(Stdio::null()),
+        );
         Self {
             process,
             port,
