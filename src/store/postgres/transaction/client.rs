@@ -76,9 +76,7 @@ impl Source for ClientSource {
                 return Err(failure);
             }
         };
-        let claimed = rows.iter().flatten().skip(1).step_by(2);
-        let looked = claimed.map(Looked::read).collect::<Result<_, _>>()?;
-        Ok((open, looked))
+        Ok((open, Looked::read_all(&rows)?))
     }
 
     async fn lock_and_look(&self, lock: Say, look: Say) -> Result<(bool, Looked), Failure> {
@@ -106,6 +104,10 @@ impl ClientSource {
 }
 
 impl Connection for Open {
+    async fn look(&mut self, flight: Vec<Say>) -> Result<Vec<Looked>, Failure> {
+        Ok(Looked::read_all(&self.say(&flight).await?)?)
+    }
+
     async fn ask(&mut self, flight: Vec<Say>) -> Result<Vec<bool>, Failure> {
         let rows = self.say(&flight).await?;
         let asked = flight.iter().zip(rows).filter(|(say, _)| matches!(say, Say::Ask(..)));
@@ -223,6 +225,10 @@ async fn in_one_flight(mut calls: Vec<Answering<'_>>) -> Vec<Answer> {
 }
 
 impl Looked {
+    fn read_all(rows: &[Option<Row>]) -> Result<Vec<Self>, StoreError> {
+        rows.iter().flatten().skip(1).step_by(2).map(Self::read).collect()
+    }
+
     fn read(row: &Row) -> Result<Self, StoreError> {
         let read = || {
             let fence: Option<i64> = row.try_get("fence")?;

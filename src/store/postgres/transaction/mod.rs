@@ -79,8 +79,8 @@ use extractor;
 pub(super) trait Source: Send + Sync + 'static {
     type Connection: Connection;
 
-    /// Begins, says this, and sets the savepoint: what each second row showed, which are those of the claims. What is said
-    /// `later` may be prepared.
+    /// Begins, says this, and sets the savepoint: what each second row showed, which are those of the claims, or fewer where
+    /// one had none. What is said `later` may be prepared.
     fn begin(
         &self,
         flight: Vec<Say>,
@@ -94,6 +94,9 @@ pub(super) trait Source: Send + Sync + 'static {
 
 /// A connection in a transaction. Dropped, it rolls back.
 pub(super) trait Connection: Send + Sized + 'static {
+    /// One flight; what each second row showed.
+    fn look(&mut self, flight: Vec<Say>) -> impl Future<Output = Result<Vec<Looked>, Failure>> + Send;
+
     /// One flight; whether each question was answered with a row.
     fn ask(&mut self, flight: Vec<Say>) -> impl Future<Output = Result<Vec<bool>, Failure>> + Send;
 
@@ -228,16 +231,23 @@ impl<S: Source> TableTransactions<S> {
             .into_iter()
             .chain(others.iter().map(|other| (*other, beside)))
             .collect();
-        let claims = records.iter().map(|(id, fingerprint)| {
-            let mut values = named(id, claim, fingerprint);
-            values.push(retention_micros(claim.retention).into());
-            values.extend(Locks::of(&self.table, id, fingerprint).values());
-            [
-                Say::ask(&self.statements.bound, [self.lock_timeout()]),
-                Say::ask(&self.statements.claim, values),
-            ]
+        let claiming = |statement: &Arc<str>| {
+            let claims = records.iter().map(|(id, fingerprint)| {
+                let mut values = named(id, claim, fingerprint);
+                values.push(retention_micros(claim.retention).into());
+                values.extend(Locks::of(&self.table, id, fingerprint).values());
+                [
+                    Say::ask(&self.statements.bound, [self.lock_timeout()]),
+                    Say::ask(statement, values),
+                ]
+            });
+            claims.flatten().collect::<Vec<_>>()
+        };
+        // The first of several decides whether the others are claimed at all.
+        let mut flight = claiming(match others {
+            [] => &self.statements.claim_new,
+            _ => &self.statements.claim,
         });
-        let mut flight: Vec<_> = claims.flatten().collect();
         let has_all = (!others.is_empty()).then(|| {
             let ids = records.iter().map(|(id, _)| id.as_bytes().to_vec()).collect();
             let owner = claim.owner.as_bytes().into();
@@ -251,9 +261,16 @@ impl<S: Source> TableTransactions<S> {
         if !others.is_empty() {
             later.push(&self.statements.complete_others);
         }
-        let (connection, looked) = self.source.begin(flight, &later).await?;
+        let (connection, mut looked) = self.source.begin(flight, &later).await?;
         let lease = Lease::new(*id, claim.owner, 1);
         let mut open = Open::new(connection, lease, &self.statements, Waking::of(&self.ends, *id));
+        if looked.is_empty() {
+            // Somebody has it or had it.
+            match open.look(claiming(&self.statements.claim)).await? {
+                Some(again) => looked = again,
+                None => return open.give_up().await,
+            }
+        }
         let mut found = Vec::with_capacity(records.len());
         let mut expired = Vec::new();
         for ((id, fingerprint), looked) in records.iter().zip(looked) {

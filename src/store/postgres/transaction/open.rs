@@ -5,7 +5,7 @@ use std::sync::Arc;
 use http::Extensions;
 
 use super::{
-    Connection,
+    Connection, Looked,
     ends::Waking,
     named,
     say::{Failure, Say, Value},
@@ -59,34 +59,53 @@ impl<C: Connection> Open<C> {
         Ok(None)
     }
 
-    /// Outside of the savepoint: a claim stays when what the handler wrote is undone.
+    /// Claims again. Outside of the savepoint: a claim stays when what the handler wrote is undone.
+    pub(super) async fn look(&mut self, claims: Vec<Say>) -> Result<Option<Vec<Looked>>, StoreError> {
+        self.outside(claims, async |connection, flight| connection.look(flight).await)
+            .await
+    }
+
     pub(super) async fn claim_expired(
         &mut self,
         claim: &Claim,
         expired: Vec<(&RecordId, &Fingerprint)>,
         has_all: Option<Say>,
     ) -> Result<bool, StoreError> {
-        let mut flight = vec![Say::Plain(RELEASE)];
+        let mut flight = Vec::new();
         for (id, fingerprint) in expired {
             let mut values = named(id, claim, fingerprint);
             values.extend([Value::from(0_i64), retention_micros(claim.retention).into()]);
             flight.push(Say::ask(&self.statements.claim_expired, values));
         }
         flight.extend(has_all);
+        let answered = self.outside(flight, async |connection, flight| connection.ask(flight).await);
+        Ok(answered
+            .await?
+            .is_some_and(|answered| answered.into_iter().all(|answered| answered)))
+    }
+
+    /// Says this outside of the savepoint, before a handler has the connection.
+    async fn outside<T>(
+        &mut self,
+        mut flight: Vec<Say>,
+        say: impl AsyncFnOnce(&mut C, Vec<Say>) -> Result<T, Failure>,
+    ) -> Result<Option<T>, StoreError> {
+        flight.insert(0, Say::Plain(RELEASE));
         flight.push(Say::Plain(SAVEPOINT));
         let Some(mut connection) = self.slot.take_back() else {
-            return Ok(false);
+            return Ok(None);
         };
-        let answered = match connection.ask(flight).await {
-            Ok(answered) => answered,
+        match say(&mut connection, flight).await {
+            Ok(said) => {
+                self.slot = Slot::of(connection);
+                Ok(Some(said))
+            }
             Err(failure) => {
                 // Before anybody is told: the next attempt may come at once.
                 let _ = connection.roll_back(None).await;
-                return Err(failure.into());
+                Err(failure.into())
             }
-        };
-        self.slot = Slot::of(connection);
-        Ok(answered.into_iter().all(|answered| answered))
+        }
     }
 
     fn completion(&self, answer: &Answer) -> Vec<Say> {

@@ -59,13 +59,7 @@ impl Source for SqlxSource {
         let open = self.open("BEGIN").await?;
         flight.push(Say::Plain(SAVEPOINT));
         let (open, rows) = open.say_or_roll_back(flight).await?;
-        let looked = rows
-            .iter()
-            .skip(1)
-            .step_by(2)
-            .map(Looked::read_sqlx)
-            .collect::<Result<_, _>>()?;
-        Ok((open, looked))
+        Ok((open, Looked::read_all_sqlx(&rows)?))
     }
 
     async fn lock_and_look(&self, lock: Say, look: Say) -> Result<(bool, Looked), Failure> {
@@ -170,6 +164,10 @@ impl Open {
 }
 
 impl Connection for Open {
+    async fn look(&mut self, flight: Vec<Say>) -> Result<Vec<Looked>, Failure> {
+        Ok(Looked::read_all_sqlx(&self.say(flight).await?)?)
+    }
+
     async fn ask(&mut self, flight: Vec<Say>) -> Result<Vec<bool>, Failure> {
         let asked = flight.iter().filter(|say| matches!(say, Say::Ask(..))).count();
         let rows = self.say(flight).await?;
@@ -223,6 +221,10 @@ impl From<Error> for Failure {
 }
 
 impl Looked {
+    fn read_all_sqlx(rows: &[PgRow]) -> Result<Vec<Self>, StoreError> {
+        rows.iter().skip(1).step_by(2).map(Self::read_sqlx).collect()
+    }
+
     fn read_sqlx(row: &PgRow) -> Result<Self, StoreError> {
         let read = || {
             let fence: Option<i64> = row.try_get("fence")?;
