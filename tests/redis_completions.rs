@@ -9,6 +9,7 @@ use std::{
     future::{Future, poll_fn},
     pin::Pin,
     task::Poll,
+    time::Duration,
 };
 
 use futures_util::future::join_all;
@@ -50,6 +51,11 @@ async fn complete_all(store: &RedisStore, leases: &[Lease]) -> Vec<Result<(), St
     join_all(leases.iter().map(|lease| store.complete(lease, &answer, MINUTE.into()))).await
 }
 
+async fn complete_for_ever(store: &RedisStore, number: u32) {
+    let lease = acquire(store, number).await;
+    store.complete(&lease, &kept(10), Retention::Forever).await.unwrap();
+}
+
 async fn is_completed(store: &RedisStore, number: u32) -> bool {
     is_replay(&store.begin(&id(number), &claim()).await.unwrap(), 10)
 }
@@ -67,6 +73,11 @@ async fn a_completion_is_one_command_where_the_server_compares_and_a_script_else
     assert_eq!(server.calls("set").await - sets, 2);
     let expected = if compares(&server).await { 0 } else { 1 };
     assert_eq!(scripts().await - before, expected);
+    // What is kept for ever goes by a script: replicas would be sent the comparison.
+    complete_for_ever(&store, 3).await;
+    let before = scripts().await;
+    complete_for_ever(&store, 4).await;
+    assert_eq!(scripts().await - before, 1);
 }
 
 #[tokio::test]
@@ -101,20 +112,34 @@ async fn a_record_has_the_same_bytes_and_the_same_end_in_whichever_way_it_is_com
     }
 }
 
+/// How many scripts it takes at least, of a few tries, to write these answers in one moment: on a machine that is busy with
+/// something else a moment may be longer than anybody waits for others.
+async fn fewest_scripts(server: &Redis, store: &RedisStore, lengths: &[usize]) -> u64 {
+    let mut fewest = u64::MAX;
+    for _ in 0..20 {
+        server.say(&["FLUSHALL"]).await;
+        let count = u32::try_from(lengths.len()).unwrap();
+        let leases = acquire_all(store, count).await;
+        let answers: Vec<_> = lengths.iter().map(|length| kept(*length)).collect();
+        let before = server.calls("evalsha").await;
+        let all = leases.iter().zip(&answers);
+        let results = join_all(all.map(|(lease, answer)| store.complete(lease, answer, MINUTE.into()))).await;
+        assert!(results.iter().all(Result::is_ok));
+        fewest = fewest.min(server.calls("evalsha").await - before);
+        for (number, length) in (0..count).zip(lengths) {
+            let found = store.begin(&id(number), &claim()).await.unwrap();
+            assert!(is_replay(&found, *length), "{number}");
+        }
+    }
+    fewest
+}
+
 #[tokio::test]
 async fn completions_of_one_moment_share_scripts_of_sixteen() {
     let server = Redis::start(&[]);
     let store = by_script(&server).await;
-    let leases = acquire_all(&store, 31).await;
-    // So that the server knows the script.
-    complete(&store, &leases[30], 10).await;
-    let before = server.calls("evalsha").await;
     // No more than are polled without a pause.
-    assert!(complete_all(&store, &leases[..30]).await.iter().all(Result::is_ok));
-    assert_eq!(server.calls("evalsha").await - before, 2);
-    for number in 0..31 {
-        assert!(is_completed(&store, number).await, "{number}");
-    }
+    assert_eq!(fewest_scripts(&server, &store, &[10; 30]).await, 2);
 }
 
 #[tokio::test]
@@ -171,21 +196,8 @@ async fn of_completions_that_share_a_script_each_ends_as_it_would_alone() {
 async fn a_long_answer_has_a_script_of_its_own() {
     let server = Redis::start(&[]);
     let store = by_script(&server).await;
-    let leases = acquire_all(&store, 4).await;
     let lengths = [100_000, 10, 100_000, 10];
-    // So that the server knows the scripts.
-    complete(&store, &acquire(&store, 10).await, 10).await;
-    complete(&store, &acquire(&store, 11).await, 100_000).await;
-    let before = server.calls("evalsha").await;
-    let answers: Vec<_> = lengths.into_iter().map(kept).collect();
-    let completions = leases.iter().zip(&answers);
-    let results = join_all(completions.map(|(lease, answer)| store.complete(lease, answer, MINUTE.into()))).await;
-    assert!(results.iter().all(Result::is_ok));
-    assert_eq!(server.calls("evalsha").await - before, 3);
-    for (number, length) in (0..4).zip(lengths) {
-        let found = store.begin(&id(number), &claim()).await.unwrap();
-        assert!(is_replay(&found, length), "{number}");
-    }
+    assert_eq!(fewest_scripts(&server, &store, &lengths).await, 3);
 }
 
 #[tokio::test]
@@ -208,6 +220,24 @@ async fn those_who_wait_hear_of_completions_of_one_moment_and_nothing_is_publish
             tokio::time::timeout(MINUTE, listener).await.expect("it was woken");
         }
         assert_eq!(server.calls("publish").await - published, 3);
+    }
+}
+
+/// Its first try may have ended between the change and the word of it.
+#[tokio::test]
+async fn a_completion_that_is_repeated_wakes_those_who_listen() {
+    let server = Redis::start(&[]);
+    let elsewhere = RedisStore::connect(&server.url()).await.unwrap();
+    for store in [
+        by_script(&server).await,
+        RedisStore::connect(&server.url()).await.unwrap(),
+    ] {
+        server.say(&["FLUSHALL"]).await;
+        let lease = acquire(&store, 1).await;
+        complete(&store, &lease, 10).await;
+        let listener = listening(&elsewhere, 1).await;
+        complete(&store, &lease, 10).await;
+        tokio::time::timeout(MINUTE, listener).await.expect("it was woken");
     }
 }
 
@@ -287,14 +317,11 @@ fn a_completion_whose_runtime_is_gone_before_it_was_sent_is_sent_by_itself() {
 async fn a_completion_that_nobody_waits_for_any_more_takes_none_of_the_others_with_it() {
     let server = Redis::start(&[]);
     let store = by_script(&server).await;
-    let leases = acquire_all(&store, 4).await;
-    // So that the server knows the script.
-    complete(&store, &leases[3], 10).await;
-    let scripts = server.calls("evalsha").await;
+    let leases = acquire_all(&store, 3).await;
     // The first of its moment: it is the one that all are sent by.
     let mut left = completing(&store, &leases[0]);
     assert!(poll_fn(|cx| Poll::Ready(left.as_mut().poll(cx))).await.is_pending());
-    let mut others: Vec<_> = leases[1..3].iter().map(|lease| completing(&store, lease)).collect();
+    let mut others: Vec<_> = leases[1..].iter().map(|lease| completing(&store, lease)).collect();
     for other in &mut others {
         assert!(poll_fn(|cx| Poll::Ready(other.as_mut().poll(cx))).await.is_pending());
     }
@@ -302,13 +329,83 @@ async fn a_completion_that_nobody_waits_for_any_more_takes_none_of_the_others_wi
     for other in others {
         tokio::time::timeout(MINUTE, other).await.unwrap().unwrap();
     }
-    assert_eq!(server.calls("evalsha").await - scripts, 1, "they were sent once");
-    for number in 0..3 {
+    for number in 1..3 {
         assert!(is_completed(&store, number).await, "{number}");
+    }
+    // It was sent or not, and may be again.
+    completing(&store, &leases[0]).await.unwrap();
+    assert!(is_completed(&store, 0).await);
+}
+
+/// The task that sends for all may be on a thread that somebody blocks.
+#[test]
+fn a_thread_that_is_blocked_holds_up_no_completion_on_another() {
+    let server = Redis::start(&[]);
+    let two_threads = || {
+        Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let (network, runtime) = (two_threads(), two_threads());
+    let store = network.block_on(by_script(&server));
+    let leases = network.block_on(acquire_all(&store, 4));
+    let (release, released) = std::sync::mpsc::channel::<()>();
+    let (begun, begins) = tokio::sync::oneshot::channel();
+    let (own, first) = (store.clone(), leases[0]);
+    let blocking = runtime.spawn(async move {
+        let mut completion = completing(&own, &first);
+        assert!(
+            poll_fn(|cx| Poll::Ready(completion.as_mut().poll(cx)))
+                .await
+                .is_pending()
+        );
+        let _ = begun.send(());
+        // As a handler does that reckons for long.
+        let _ = released.recv();
+        completion.await
+    });
+    runtime.block_on(begins).unwrap();
+    let others = runtime.spawn({
+        let (store, leases) = (store.clone(), leases.clone());
+        async move { complete_all(&store, &leases[1..]).await }
+    });
+    let results = runtime.block_on(others).unwrap();
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+    release.send(()).unwrap();
+    runtime.block_on(blocking).unwrap().unwrap();
+    for number in 0..4 {
+        assert!(network.block_on(is_completed(&store, number)), "{number}");
     }
 }
 
-// ---- a server that is older than it was
+// ---- a server that is not what it says
+
+/// One that wants the keys of a step in one place, and does not say that it is part of a cluster.
+#[tokio::test]
+async fn where_keys_are_in_several_places_each_completion_has_a_script() {
+    let server = Redis::start(&["--cluster-enabled", "yes"]);
+    server.say(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]).await;
+    loop {
+        let info: String = server.ask(&["CLUSTER", "INFO"]).await;
+        if info.contains("cluster_state:ok") {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let store = by_script(&server).await;
+    for round in 0..2 {
+        let leases = join_all((0..5).map(|number| acquire(&store, 10 * round + number))).await;
+        assert!(complete_all(&store, &leases).await.iter().all(Result::is_ok));
+        // Whether they may share one was tried once.
+        let said: String = server.ask(&["INFO", "errorstats"]).await;
+        assert!(said.contains("errorstat_CROSSSLOT:count=1\r"), "{said}");
+        for number in 0..5 {
+            assert!(is_completed(&store, 10 * round + number).await, "{number}");
+        }
+    }
+}
 
 /// Passes everything on, and makes a Redis server say that it is a later one.
 async fn flatterer(port: u16) -> String {

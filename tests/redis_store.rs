@@ -133,8 +133,10 @@ async fn look(store: &RedisStore, number: u8) -> Begin {
     store.begin(&id(number), &claim()).await.unwrap()
 }
 
+/// The server syncs each change, and the disk may be busy with something else.
 async fn connected(server: &Redis) -> RedisStore {
-    RedisStore::connect(&server.url()).await.unwrap()
+    let patient = RedisStore::builder().timeout(Duration::from_secs(10));
+    patient.connect(&server.url()).await.unwrap()
 }
 
 // ---- what it costs

@@ -6,7 +6,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
 };
 
 use futures_util::future::join_all;
@@ -15,13 +19,13 @@ use tokio::{
     runtime::{Handle, Id},
     sync::oneshot,
     task::yield_now,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 
 use super::{
     Inner,
     connection::late,
-    failure::{classify, is_refused},
+    failure::{classify, is_of_several_places, is_refused, is_said_by_the_server},
     flight::{Flight, Kind},
     record::{self, HEAD},
     safe,
@@ -32,10 +36,12 @@ use crate::{
     record::{Lease, Retention},
 };
 
-/// Completions that one script makes at most. It holds up the server for a tenth of a millisecond.
+/// Completions that one script makes at most, and of records up to this length; a longer one has a script of its own. So
+/// one holds up the server for some tenths of a millisecond at most.
 const TOGETHER: usize = 16;
-/// A longer record is completed by a script of its own, so that nobody waits for it.
-const SHORT: usize = 16 * 1024;
+const SHORT: usize = 4 * 1024;
+/// Whoever was not sent by then goes alone. The task that sends may be behind another one that blocks its thread.
+const PATIENCE: Duration = Duration::from_millis(20);
 
 struct Completion {
     key: String,
@@ -49,7 +55,11 @@ struct Completion {
 /// Completions that are about to be sent together: those of each runtime, since one that stands still must not hold up
 /// another's.
 #[derive(Default)]
-pub(super) struct Queue(Mutex<HashMap<Id, Vec<Waiting>>>);
+pub(super) struct Queue {
+    waiting: Mutex<HashMap<Id, Vec<Waiting>>>,
+    /// Behind the server are several, and one step may not concern the records of two.
+    is_closed: AtomicBool,
+}
 
 struct Waiting {
     completion: Arc<Completion>,
@@ -105,9 +115,11 @@ impl Inner {
         if way.is_foreign() {
             // Nobody knows what leads through it, and where to.
             Ok(false)
-        } else if self.connection.compares() {
+        } else if self.connection.compares() && !completion.time_to_live.is_empty() {
+            // With a time to live replicas and the file get the outcome. Without one they get the comparison, and an older
+            // server skips what it does not know.
             self.set_if_equal(completion, granted, deadline).await
-        } else if !way.is_cluster() && completion.completed.len() <= SHORT {
+        } else if !way.is_cluster() && !self.queue.is_closed.load(Relaxed) && completion.completed.len() <= SHORT {
             self.join_others(completion, deadline).await
         } else {
             Ok(false)
@@ -115,7 +127,7 @@ impl Inner {
     }
 
     async fn set_if_equal(
-        &self,
+        self: &Arc<Self>,
         completion: &Completion,
         granted: &[u8; HEAD],
         deadline: Instant,
@@ -134,17 +146,14 @@ impl Inner {
         // Asked afterwards: whoever comes later finds the record completed.
         let mut listeners = redis::cmd("PUBSUB");
         listeners.arg(count).arg(key);
-        let flight = |step, after, kind| Flight {
+        let flight = Flight {
             key: key.as_bytes(),
             before: None,
-            step,
-            after,
-            kind,
+            step: set,
+            after: Some(listeners),
+            kind: Kind::Change,
         };
-        let landed = self
-            .connection
-            .send(flight(set, Some(listeners), Kind::Change), deadline)
-            .await;
+        let landed = self.connection.send(flight, deadline).await;
         match landed.answer {
             Ok(Value::Okay) => {}
             Ok(_) => return Ok(false),
@@ -155,8 +164,18 @@ impl Inner {
         if listened(landed.after) {
             let mut wake = redis::cmd(publish);
             wake.arg(key).arg("");
-            // Where it fails, or is not sent any more, those who wait look again by themselves.
-            let _ = self.connection.send(flight(wake, None, Kind::Read), deadline).await;
+            let (inner, key) = (Arc::clone(self), key.clone());
+            // Nobody waits for it: it is completed. Where it fails, those who listen look again by themselves.
+            tokio::spawn(async move {
+                let flight = Flight {
+                    key: key.as_bytes(),
+                    before: None,
+                    step: wake,
+                    after: None,
+                    kind: Kind::Read,
+                };
+                inner.connection.send(flight, deadline).await;
+            });
         }
         safe(true, landed.is_safe)
     }
@@ -181,11 +200,22 @@ impl Inner {
             };
             runtime.spawn(async move {
                 yield_now().await;
-                turn.send(deadline).await;
+                turn.send().await;
             });
         }
-        match timeout_at(deadline, said).await {
+        let mut said = said;
+        let said = match timeout(PATIENCE, &mut said).await {
+            Ok(said) => Ok(said),
+            Err(_) if self.queue.leave(runtime.id(), completion) => return Ok(false),
+            Err(_) => timeout_at(deadline, said).await,
+        };
+        match said {
             Ok(Ok(Ok(Told { is_done, is_safe }))) => safe(is_done, is_safe || !is_done),
+            // It may be about another one of them.
+            Ok(Ok(Err(error))) if is_said_by_the_server(&error) => {
+                self.queue.is_closed.fetch_or(is_of_several_places(&error), Relaxed);
+                Ok(false)
+            }
             Ok(Ok(Err(error))) => Err(classify(error)),
             // The runtime of the task is gone.
             Ok(Err(_)) => Ok(false),
@@ -193,7 +223,8 @@ impl Inner {
         }
     }
 
-    async fn send_together(&self, waiting: Vec<Waiting>, deadline: Instant) {
+    async fn send_together(&self, waiting: Vec<Waiting>) {
+        let deadline = self.connection.deadline();
         let keys: Vec<_> = waiting.iter().map(|one| one.completion.key.as_bytes()).collect();
         let mut arguments: Vec<&[u8]> = Vec::with_capacity(3 * waiting.len());
         for Waiting { completion, .. } in &waiting {
@@ -216,7 +247,7 @@ impl Inner {
                 }),
                 Err(error) => Err(RedisError::clone(error)),
             };
-            // Who does not wait any more has left.
+            // Who does not wait any more has left meanwhile.
             let _ = told.send(what);
         }
     }
@@ -235,8 +266,19 @@ impl Queue {
         self.queues().remove(&of).unwrap_or_default()
     }
 
+    /// Whether it was there still, and so is not sent.
+    fn leave(&self, of: Id, completion: &Arc<Completion>) -> bool {
+        let mut queues = self.queues();
+        let Some(queue) = queues.get_mut(&of) else {
+            return false;
+        };
+        let before = queue.len();
+        queue.retain(|waiting| !Arc::ptr_eq(&waiting.completion, completion));
+        queue.len() < before
+    }
+
     fn queues(&self) -> MutexGuard<'_, HashMap<Id, Vec<Waiting>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -248,14 +290,15 @@ struct Turn {
 }
 
 impl Turn {
-    async fn send(mut self, deadline: Instant) {
+    async fn send(mut self) {
         let Some(inner) = self.inner.take() else { return };
         // Whoever comes from now on is the first again.
         let mut waiting = inner.queue.take(self.of);
+        waiting.retain(|waiting| !waiting.told.is_closed());
         let mut sent = Vec::new();
         while !waiting.is_empty() {
             let rest = waiting.split_off(waiting.len().min(TOGETHER));
-            sent.push(inner.send_together(waiting, deadline));
+            sent.push(inner.send_together(waiting));
             waiting = rest;
         }
         join_all(sent).await;

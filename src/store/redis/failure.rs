@@ -58,6 +58,15 @@ pub(super) fn is_refused(error: &RedisError) -> bool {
     error.code() == Some("ERR")
 }
 
+pub(super) fn is_said_by_the_server(error: &RedisError) -> bool {
+    matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension)
+}
+
+/// One step may not concern keys that are in several places.
+pub(super) fn is_of_several_places(error: &RedisError) -> bool {
+    error.kind() == ErrorKind::Server(ServerErrorKind::CrossSlot)
+}
+
 /// The server is no primary any more, and another one is.
 pub(super) fn leads_elsewhere(error: &RedisError) -> bool {
     matches!(

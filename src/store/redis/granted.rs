@@ -10,7 +10,7 @@ const PLACES: usize = 1 << 13;
 type InProgress = [u8; HEAD];
 
 /// Who completes a record compares it with these bytes, and does not have to read it first. A place is simply taken by
-/// whoever comes last: a record that is not here is completed by a script. They are 576 KiB.
+/// whoever comes last: a record that is not here is completed by a script. They are 608 KiB.
 pub(super) struct Granted(Box<[Mutex<InProgress>]>);
 
 impl Granted {

@@ -121,18 +121,20 @@ return {FOUND, value, left}
 /// ARGV: the owner, the answer with its checksum, its time to live or an empty string.
 ///
 /// What was changed by an earlier try, whose answer was lost, is written again: a server that is asked what replicas
-/// have acknowledged may count what this connection wrote, and the first try's may have been another one.
+/// have acknowledged may count what this connection wrote, and the first try's may have been another one. And those who
+/// listen are woken: the first try may have ended before it told them.
 const COMPLETE: &str = r"
 if state == COMPLETED then
     redis.call('SETRANGE', key, 1, string.char(COMPLETED))
-    return CHANGED
-end
-if state ~= IN_PROGRESS and state ~= ABANDONED then return NOT_OWNED end
-local completed = string.char(1, COMPLETED) .. value:sub(3, HEAD) .. ARGV[2]
-if ARGV[3] == '' then
-    redis.call('SET', key, completed)
+elseif state ~= IN_PROGRESS and state ~= ABANDONED then
+    return NOT_OWNED
 else
-    redis.call('SET', key, completed, 'PX', ARGV[3])
+    local completed = string.char(1, COMPLETED) .. value:sub(3, HEAD) .. ARGV[2]
+    if ARGV[3] == '' then
+        redis.call('SET', key, completed)
+    else
+        redis.call('SET', key, completed, 'PX', ARGV[3])
+    end
 end
 ";
 
