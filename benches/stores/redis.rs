@@ -1,5 +1,5 @@
 //! The store on a Redis server, beside the plain commands on a connection of the same kind: a replay beside `GET`, a claim
-//! beside `SET`, a cycle beside two `SET`s, of the same sizes.
+//! beside `SET`, a cycle beside two `SET`s, of the same sizes. `REDIS_SERVER` names another server, such as `valkey-server`.
 
 use std::{
     io::{BufRead, BufReader},
@@ -31,7 +31,8 @@ impl Server {
             .local_addr()
             .unwrap()
             .port();
-        let mut process = Command::new("redis-server")
+        let program = std::env::var_os("REDIS_SERVER").unwrap_or_else(|| "redis-server".into());
+        let mut process = Command::new(program)
             .args(["--bind", "127.0.0.1", "--port", &port.to_string(), "--save", ""])
             .stdout(Stdio::piped())
             .spawn()
@@ -137,7 +138,18 @@ pub async fn measure(options: &Options) {
                 assert!(matches!(found, Begin::Acquired(_)));
             }
         };
-        bench.beside("claim / SET", at_once, once, begin).await;
+        bench.beside("claim / SET", at_once, once.clone(), begin).await;
+        // What every record costs that ends.
+        let plain = floor.clone();
+        let ending = move || {
+            let plain = plain.clone();
+            async move {
+                let mut set = set(&key(next()), PENDING);
+                set.arg("PX").arg(DAY.as_millis() as u64);
+                say(&plain, set).await;
+            }
+        };
+        bench.beside("SET PX / SET", at_once, once.clone(), ending).await;
         let (plain, own) = (floor.clone(), store.clone());
         let twice = move || {
             let plain = plain.clone();
