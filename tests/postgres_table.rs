@@ -4,10 +4,13 @@
 
 mod support;
 
-use std::error::Error;
+use std::{error::Error, time::Duration};
 
-use support::postgres::Postgres;
-use tower_idempotency::{PostgresTable, StoreError, StoreErrorKind};
+use support::{
+    postgres::Postgres,
+    steps::{MINUTE, acquire, claim, complete, id, is_replay},
+};
+use tower_idempotency::{Begin, PostgresStore, PostgresTable, Store, StoreError, StoreErrorKind};
 
 fn reason(result: Result<(), StoreError>) -> String {
     let error = result.unwrap_err();
@@ -81,7 +84,13 @@ async fn the_printed_schema_is_the_one_that_is_created() {
     };
     let shape_of_printed = shape("printed").await;
     assert_eq!(shape_of_printed, shape("created").await);
-    for part in ["answer bytea f e", "id bytea t", "(purge_at)", "fillfactor=70"] {
+    for part in [
+        "answer bytea f e",
+        "id bytea t",
+        "(purge_at)",
+        "fillfactor=70",
+        "vacuum_truncate=off",
+    ] {
         assert!(shape_of_printed.contains(part), "{part}: {shape_of_printed}");
     }
 }
@@ -116,6 +125,44 @@ async fn a_role_that_may_not_create_schemas_creates_its_table_in_one_that_is_the
         refused.contains("permission denied") || refused.contains("db error"),
         "{refused}"
     );
+}
+
+/// The server plans by how large it believes a table to be, and each session keeps its plans until it is told otherwise.
+#[tokio::test]
+async fn a_table_that_was_empty_when_the_server_looked_at_it_is_read_by_its_indexes_all_the_same() {
+    let server = Postgres::start(&["autovacuum=off"]);
+    PostgresTable::default().create(&server.pool(1)).await.unwrap();
+    server.say("VACUUM ANALYZE idempotency_records").await;
+    let count = async |what: &str| {
+        let sql = format!("SELECT {what} FROM pg_stat_user_tables WHERE relname = 'idempotency_records'");
+        server.ask::<i64>(&sql).await
+    };
+    let (scans, rows) = (count("seq_scan").await, count("n_tup_ins").await);
+    let pool = server.pool(1);
+    let store = PostgresStore::builder().connect_pool(pool.clone()).await.unwrap();
+    // A plan that is kept comes after five that are not.
+    for number in 0..20 {
+        let lease = acquire(&store, number).await;
+        store.renew(&lease, MINUTE).await.unwrap();
+        complete(&store, &lease, 10).await;
+        assert!(is_replay(&store.begin(&id(number), &claim()).await.unwrap(), 10));
+        let elsewhere = PostgresStore::builder().connect_pool(pool.clone()).await.unwrap();
+        assert!(is_replay(&elsewhere.begin(&id(number), &claim()).await.unwrap(), 10));
+        let lease = acquire(&store, 100 + number).await;
+        store.abandon(&lease).await.unwrap();
+        let lost = claim().taking_over(lease);
+        let Ok(Begin::Acquired(lease)) = store.begin(&id(100 + number), &lost).await else {
+            panic!("it was lost");
+        };
+        store.release(&lease).await.unwrap();
+    }
+    drop(store);
+    // What a session has done it tells at its end at the latest.
+    pool.close();
+    while count("n_tup_ins").await < rows + 40 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(count("seq_scan").await, scans);
 }
 
 #[test]

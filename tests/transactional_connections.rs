@@ -110,6 +110,36 @@ async fn a_connection_whose_begin_was_given_up_is_handed_on_without_its_transact
 }
 
 #[tokio::test]
+async fn a_replay_costs_a_node_that_has_seen_it_completed_the_fewest_flights() {
+    for library in BOTH {
+        let bank = Bank::of(library).await;
+        let (node, only, proxy) = node_behind(&bank, library, 2 * PATIENCE).await;
+        let url = bank
+            .url()
+            .replace(&format!(":{}/", bank.port()), &format!(":{}/", proxy.port()));
+        let layer = IdempotencyLayer::new(only.store(&url).await).guarantee(Guarantee::Transactional);
+        let elsewhere = bank::app(&bank.control, layer);
+        let flights = async |node| {
+            only.until_idle().await;
+            let before = proxy.flights();
+            let replay = call(node, order("first", 5, "")).await;
+            assert!(replay.is_replay(), "{library:?} {replay:?}");
+            only.until_idle().await;
+            proxy.flights() - before
+        };
+        // Until all is prepared.
+        flights(&node).await;
+        let few = flights(&node).await;
+        let more = flights(&elsewhere).await;
+        assert!(
+            more > few,
+            "{library:?}: {more} for what is not known, {few} for what is"
+        );
+        assert_eq!(flights(&elsewhere).await, few, "{library:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_connection_whose_begin_was_not_answered_is_given_up_and_the_request_runs_once_on_another() {
     for library in BOTH {
         let bank = Bank::of(library).await;

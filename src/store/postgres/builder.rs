@@ -170,7 +170,7 @@ impl PostgresStoreBuilder {
         .await?;
         let inner = Arc::new(Inner {
             waiters: Waiters::new(Arc::clone(&connections), statements.there.clone()),
-            hints: Hints::new(),
+            hints: Arc::new(Hints::new()),
             table: self.table,
             statements,
             connections,

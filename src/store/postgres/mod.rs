@@ -65,7 +65,7 @@ struct Inner {
     connections: Arc<Connections>,
     table: PostgresTable,
     statements: Statements,
-    hints: Hints,
+    hints: Arc<Hints>,
     waiters: Arc<Waiters>,
 }
 

@@ -32,7 +32,7 @@ fn store() -> PostgresStore {
     PostgresStore::new(Arc::new(Inner {
         statements: Statements::new(&table),
         waiters: Waiters::new(Arc::clone(&connections), String::new()),
-        hints: Hints::new(),
+        hints: Arc::new(Hints::new()),
         connections,
         table,
     }))

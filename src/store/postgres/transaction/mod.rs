@@ -36,7 +36,8 @@ use super::{
 use crate::{
     error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
-    record::{Claim, Lease, RecordId},
+    record::{Begin, Claim, Lease, RecordId},
+    store::hints::Hints,
     transactional::{Boxed, Found, Opened, Slot, Transaction, Transactions, Whose},
 };
 
@@ -165,6 +166,7 @@ struct TableTransactions<S> {
     statements: Arc<TransactionStatements>,
     lock_timeout: Duration,
     ends: Arc<Ends>,
+    hints: Arc<Hints>,
 }
 
 /// A claim waits as long as the store does for those who hold none of its locks, such as a migration, and so does a look
@@ -176,6 +178,7 @@ fn transactions(source: impl Source, store: &Inner) -> Arc<dyn Transactions> {
         statements: Arc::new(TransactionStatements::new(&store.table, &store.statements)),
         lock_timeout: store.connections.timeout(),
         ends: Arc::default(),
+        hints: Arc::clone(&store.hints),
     })
 }
 
@@ -245,7 +248,7 @@ impl<S: Source> TableTransactions<S> {
         };
         // The first of several decides whether the others are claimed at all.
         let mut flight = claiming(match others {
-            [] => &self.statements.claim_new,
+            [] if !self.hints.has(id) => &self.statements.claim_new,
             _ => &self.statements.claim,
         });
         let has_all = (!others.is_empty()).then(|| {
@@ -263,7 +266,13 @@ impl<S: Source> TableTransactions<S> {
         }
         let (connection, mut looked) = self.source.begin(flight, &later).await?;
         let lease = Lease::new(*id, claim.owner, 1);
-        let mut open = Open::new(connection, lease, &self.statements, Waking::of(&self.ends, *id));
+        let mut open = Open::new(
+            connection,
+            lease,
+            &self.statements,
+            Waking::of(&self.ends, *id),
+            &self.hints,
+        );
         if looked.is_empty() {
             // Somebody has it or had it.
             match open.look(claiming(&self.statements.claim)).await? {
@@ -275,7 +284,12 @@ impl<S: Source> TableTransactions<S> {
         let mut expired = Vec::new();
         for ((id, fingerprint), looked) in records.iter().zip(looked) {
             match looked.found(id, claim)? {
-                Some(Looking::Found(one)) => found.push(one),
+                Some(Looking::Found(one)) => {
+                    if let Found::Kept(Begin::Completed { .. }) = one {
+                        self.hints.add(id);
+                    }
+                    found.push(one);
+                }
                 Some(Looking::Expired) => {
                     expired.push((id, fingerprint));
                     found.push(Found::Acquired);

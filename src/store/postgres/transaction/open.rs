@@ -16,7 +16,10 @@ use crate::{
     error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
     record::{Claim, Lease, RecordId, Retention},
-    store::postgres::{record, statements::retention_micros},
+    store::{
+        hints::Hints,
+        postgres::{record, statements::retention_micros},
+    },
     transactional::{Answer, Boxed, Ended, Slot, Transaction},
 };
 
@@ -30,13 +33,20 @@ pub(super) struct Open<C: Connection> {
     pub(super) others: Vec<RecordId>,
     statements: Arc<TransactionStatements>,
     waking: Waking,
+    hints: Arc<Hints>,
 }
 
 const KEPT: &str = "the handler kept its transaction beyond its answer: it is rolled back when it is let go";
 const ENDED: &str = "the handler ended its transaction itself: what it wrote may be committed";
 
 impl<C: Connection> Open<C> {
-    pub(super) fn new(connection: C, lease: Lease, statements: &Arc<TransactionStatements>, waking: Waking) -> Self {
+    pub(super) fn new(
+        connection: C,
+        lease: Lease,
+        statements: &Arc<TransactionStatements>,
+        waking: Waking,
+        hints: &Arc<Hints>,
+    ) -> Self {
         Self {
             slot: Slot::of(connection),
             lent: false,
@@ -44,6 +54,7 @@ impl<C: Connection> Open<C> {
             others: Vec::new(),
             statements: Arc::clone(statements),
             waking,
+            hints: Arc::clone(hints),
         }
     }
 
@@ -167,6 +178,7 @@ impl<C: Connection> Transaction for Open<C> {
             match connection.commit(flight).await {
                 Ok(()) => {
                     self.waking.committed();
+                    self.hints.add(&self.lease.id);
                     Ended::AsAsked
                 }
                 Err(failure) => failure.into_end(),

@@ -7,8 +7,8 @@
 //! Nothing here waits for another request. Two advisory [locks](Locks), held to the end of the transaction, say who is at
 //! work: the first over record and fingerprint, the second over the record. Whoever does not get the first meets the same
 //! request. Whoever gets the first and not the second meets another one, or the same one while it lets go of its locks,
-//! which it does one after the other; the server's list of locks tells. What is committed already is answered without a
-//! lock.
+//! which it does one after the other; the server's list of locks tells. What is committed already is an answer, whoever
+//! holds a lock.
 //!
 //! A request with several keys may get some of them and not the rest; then it does not run, and lets go. So it has a lock
 //! that says so from before its first claim on, and another one once it has all: to whoever meets its keys in between it

@@ -155,6 +155,7 @@ async fn who_holds_the_second_lock_is_found_out_behind_the_first_and_what_is_com
             statements: Arc::new(TransactionStatements::new(&table, &Statements::new(&table))),
             lock_timeout: Duration::from_secs(1),
             ends: Arc::default(),
+            hints: Arc::new(Hints::new()),
         };
         let (lease, retention) = (Duration::from_secs(1), crate::record::Retention::Forever);
         let claim = Claim::new(
