@@ -127,6 +127,26 @@ async fn a_role_that_may_not_create_schemas_creates_its_table_in_one_that_is_the
     );
 }
 
+/// As where a migration was made one that may be run again.
+#[tokio::test]
+async fn what_makes_room_in_the_table_removes_no_record() {
+    let server = Postgres::start(&[]);
+    server
+        .say("CREATE FUNCTION sha256(text) RETURNS text LANGUAGE sql AS 'SELECT $1'")
+        .await;
+    let table = PostgresTable::default();
+    table.create(&server.pool(1)).await.unwrap();
+    let pool = server.pool(1);
+    let store = PostgresStore::builder().connect_pool(pool).await.unwrap();
+    let lease = acquire(&store, 1).await;
+    complete(&store, &acquire(&store, 2).await, 10).await;
+    let sql = table.sql();
+    let (from, to) = (sql.find("INSERT INTO").unwrap(), sql.find("COMMENT").unwrap());
+    server.say(&sql[from..to]).await;
+    assert_eq!(server.ask::<i64>("SELECT count(*) FROM idempotency_records").await, 2);
+    complete(&store, &lease, 10).await;
+}
+
 /// The server plans by how large it believes a table to be, and each session keeps its plans until it is told otherwise.
 #[tokio::test]
 async fn a_table_that_was_empty_when_the_server_looked_at_it_is_read_by_its_indexes_all_the_same() {

@@ -188,5 +188,48 @@ async fn a_claim_waits_no_longer_for_a_locked_table_than_the_store_does_and_the_
         );
         let timeout: String = bank.look("SELECT reference FROM transfers WHERE amount = 1").await;
         assert_eq!(timeout, "0", "{library:?}");
+        // Also where the first try to claim finds something: a record that has expired.
+        bank.say("UPDATE idempotency_records SET expires_at = clock_timestamp()")
+            .await;
+        let then = "INSERT INTO transfers (reference, amount) VALUES (current_setting('lock_timeout'), 2)";
+        let elsewhere = another_node(&bank, library).await;
+        assert_eq!(
+            call(&elsewhere, order("k", 5, then)).await.status,
+            StatusCode::CREATED,
+            "{library:?}"
+        );
+        let timeout: String = bank.look("SELECT reference FROM transfers WHERE amount = 2").await;
+        assert_eq!(timeout, "0", "{library:?}");
+    }
+}
+
+/// One that has not seen anything yet.
+async fn another_node(bank: &Bank, library: Library) -> axum::Router {
+    let pool = support::postgres::pool(&bank.url(), 2);
+    let builder = PostgresStore::builder().timeout(Duration::from_millis(500));
+    let store = builder.connect_pool(pool).await.unwrap();
+    let store = match library {
+        Library::TokioPostgres => store,
+        Library::Sqlx => store.with_sqlx(support::bank::sqlx_pool(&bank.url(), 2)),
+    };
+    let layer = IdempotencyLayer::new(store).guarantee(Guarantee::Transactional);
+    app(&bank.control, layer)
+}
+
+#[tokio::test]
+async fn a_replay_waits_for_nobody_who_works_on_its_row() {
+    for library in BOTH {
+        let bank = Bank::of(library).await;
+        let first = bank.ask(order("k", 5, "")).await;
+        let maintenance = bank.client().await;
+        maintenance
+            .batch_execute("BEGIN; UPDATE idempotency_records SET retention = retention")
+            .await
+            .unwrap();
+        let node = another_node(&bank, library).await;
+        let replay = call(&node, order("k", 5, "")).await;
+        assert!(replay.is_replay(), "{library:?} {replay:?}");
+        assert_eq!(replay.body, first.body);
+        maintenance.batch_execute("ROLLBACK").await.unwrap();
     }
 }

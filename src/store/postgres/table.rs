@@ -108,9 +108,10 @@ CREATE INDEX ON {table} (purge_at);
 -- Room that stays, as it is not truncated: a table of a few pages is read from end to end, which sessions would go on
 -- doing after it has grown, until the server has looked at it again.
 INSERT INTO {table} (fence, lease_until, expires_at, purge_at, retention, algorithm, state, id, owner, fingerprint)
-    SELECT 0, now(), now(), now(), 0, 0, 'p', sha256(number::text::bytea), '\\x', sha256('')
+    SELECT 0, now(), now(), now(), 0, 0, 'p', pg_catalog.sha256(number::text::bytea), ''::bytea,
+        pg_catalog.sha256(''::bytea)
     FROM generate_series(1, 1000) AS number;
-DELETE FROM {table};
+DELETE FROM {table} WHERE fence = 0;
 COMMENT ON TABLE {table} IS '{COMMENT}{VERSION}';
 ",
             table = self.quoted(),

@@ -7,8 +7,8 @@
 //! Nothing here waits for another request. Two advisory [locks](Locks), held to the end of the transaction, say who is at
 //! work: the first over record and fingerprint, the second over the record. Whoever does not get the first meets the same
 //! request. Whoever gets the first and not the second meets another one, or the same one while it lets go of its locks,
-//! which it does one after the other; the server's list of locks tells. What is committed already is an answer, whoever
-//! holds a lock.
+//! which it does one after the other; the server's list of locks tells. What is committed already is answered without a
+//! lock.
 //!
 //! A request with several keys may get some of them and not the rest; then it does not run, and lets go. So it has a lock
 //! that says so from before its first claim on, and another one once it has all: to whoever meets its keys in between it
@@ -45,7 +45,9 @@ pub(crate) struct TransactionStatements {
     /// the claim, which waits for a locked table before it does anything.
     pub(super) bound: Arc<str>,
     /// As [`claim`](Self::claim), of a record that was never there and that nobody is at work on, which is by far the most
-    /// frequent: one row if it is claimed now, else none, and then nothing is known. Costs two thirds.
+    /// frequent: one row if it is claimed now, else none, and then nothing is known. Costs two thirds. It looks first: who
+    /// only looks holds no lock that others would take for work, and an insert would wait for whoever changes the row. In
+    /// a `CASE`, which has an order.
     pub(super) claim_new: Arc<str>,
     /// `$1` id, `$2` owner, `$3` algorithm and `$4` digest of the fingerprint, `$5` retention, `$6` to `$8` the locks.
     /// Claims what is vacant. One row: which lock is [held](held) by somebody else, whether the record is `claimed` now,
@@ -98,10 +100,11 @@ impl TransactionStatements {
              purge_at = CASE WHEN $5::bigint < retention OR $5::bigint < {FOREVER} AND purge_at = 'infinity' \
              THEN {completed_until} ELSE purge_at END"
         );
-        // For what follows in this transaction until a look.
+        // For what follows in this transaction until a look. What is to be restored is what was there before the first.
         let bounded = |time: &str| {
             format!(
-                "set_config('tower_idempotency.lock_timeout', current_setting('lock_timeout'), true), \
+                "set_config('tower_idempotency.lock_timeout', coalesce(nullif(\
+                 current_setting('tower_idempotency.lock_timeout', true), ''), current_setting('lock_timeout')), true), \
                  set_config('lock_timeout', {time}::text, true)"
             )
         };
@@ -114,8 +117,9 @@ impl TransactionStatements {
         Self {
             bound: format!("SELECT {}", bounded("$1")).into(),
             claim_new: format!(
-                "{insert} WHERE pg_try_advisory_xact_lock($6::integer, $7::integer) \
-                 AND pg_try_advisory_xact_lock($8::bigint) ON CONFLICT DO NOTHING \
+                "{insert} WHERE CASE WHEN EXISTS (SELECT FROM {table} WHERE id = $1::bytea) THEN false \
+                 WHEN pg_try_advisory_xact_lock($6::integer, $7::integer) THEN pg_try_advisory_xact_lock($8::bigint) \
+                 ELSE false END ON CONFLICT DO NOTHING \
                  RETURNING {unbound}, 0 AS held, true AS claimed, NULL::bigint AS fence"
             )
             .into(),
