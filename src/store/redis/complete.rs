@@ -136,9 +136,7 @@ impl Inner {
         let mut set = redis::Cmd::with_capacity(7, key.len() + completed.len() + HEAD + 128);
         set.arg("SET").arg(key).arg(&completed[..]);
         set.arg("IFEQ").arg(&granted[..]);
-        if !completion.time_to_live.is_empty() {
-            set.arg("PX").arg(&completion.time_to_live);
-        }
+        set.arg("PX").arg(&completion.time_to_live);
         let (count, publish) = match self.connection.way().is_cluster() {
             true => ("SHARDNUMSUB", "SPUBLISH"),
             false => ("NUMSUB", "PUBLISH"),
@@ -188,7 +186,7 @@ impl Inner {
         deadline: Instant,
     ) -> Result<bool, StoreError> {
         let runtime = Handle::current();
-        let (told, said) = oneshot::channel();
+        let (told, mut said) = oneshot::channel();
         let waiting = Waiting {
             completion: Arc::clone(completion),
             told,
@@ -203,8 +201,8 @@ impl Inner {
                 turn.send().await;
             });
         }
-        let mut said = said;
-        let said = match timeout(PATIENCE, &mut said).await {
+        let patience = PATIENCE.min(deadline.saturating_duration_since(Instant::now()));
+        let said = match timeout(patience, &mut said).await {
             Ok(said) => Ok(said),
             Err(_) if self.queue.leave(runtime.id(), completion) => return Ok(false),
             Err(_) => timeout_at(deadline, said).await,

@@ -267,9 +267,11 @@ pub(super) fn late(elapsed: Elapsed) -> RedisError {
 }
 
 fn command(name: &str, script: &str, keys: &[&[u8]], arguments: &[&[u8]]) -> Cmd {
-    let mut command = redis::cmd(name);
-    command.arg(script).arg(keys.len());
-    for argument in keys.iter().chain(arguments) {
+    let rest = || keys.iter().chain(arguments);
+    let length: usize = rest().map(|argument| argument.len()).sum();
+    let mut command = Cmd::with_capacity(3 + rest().count(), name.len() + script.len() + 8 + length);
+    command.arg(name).arg(script).arg(keys.len());
+    for argument in rest() {
         command.arg(*argument);
     }
     command
