@@ -268,6 +268,14 @@ fn completing<'a>(store: &'a RedisStore, lease: &'a Lease) -> Completing<'a> {
     Box::pin(async move { store.complete(lease, &kept(10), MINUTE.into()).await })
 }
 
+fn threads(count: usize) -> tokio::runtime::Runtime {
+    Builder::new_multi_thread()
+        .worker_threads(count)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
 /// A runtime on which a completion has begun, and which stands still since then.
 fn begun(completion: &mut Completing<'_>) -> tokio::runtime::Runtime {
     let runtime = Builder::new_current_thread().enable_all().build().unwrap();
@@ -279,11 +287,7 @@ fn begun(completion: &mut Completing<'_>) -> tokio::runtime::Runtime {
 #[test]
 fn completions_of_a_runtime_that_stands_still_hold_up_nobody_elsewhere() {
     let server = Redis::start(&[]);
-    let runtime = Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = threads(1);
     let store = runtime.block_on(by_script(&server));
     let leases = runtime.block_on(acquire_all(&store, 3));
     let mut first = completing(&store, &leases[0]);
@@ -300,11 +304,7 @@ fn completions_of_a_runtime_that_stands_still_hold_up_nobody_elsewhere() {
 #[test]
 fn a_completion_whose_runtime_is_gone_before_it_was_sent_is_sent_by_itself() {
     let server = Redis::start(&[]);
-    let runtime = Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = threads(1);
     let store = runtime.block_on(by_script(&server));
     let leases = runtime.block_on(acquire_all(&store, 1));
     let mut completion = completing(&store, &leases[0]);
@@ -341,14 +341,7 @@ async fn a_completion_that_nobody_waits_for_any_more_takes_none_of_the_others_wi
 #[test]
 fn a_thread_that_is_blocked_holds_up_no_completion_on_another() {
     let server = Redis::start(&[]);
-    let two_threads = || {
-        Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()
-            .unwrap()
-    };
-    let (network, runtime) = (two_threads(), two_threads());
+    let (network, runtime) = (threads(2), threads(2));
     let store = network.block_on(by_script(&server));
     let leases = network.block_on(acquire_all(&store, 4));
     let (release, released) = std::sync::mpsc::channel::<()>();

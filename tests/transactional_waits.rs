@@ -14,6 +14,7 @@ use support::{
 use tower_idempotency::{Concurrent, Guarantee, IdempotencyLayer, PostgresStore};
 
 const MONEY: i64 = ACCOUNTS * BALANCE;
+const SHORT: Duration = Duration::from_millis(500);
 
 fn waiting(layer: IdempotencyLayer) -> IdempotencyLayer {
     layer.on_concurrent(Concurrent::Wait(Duration::from_secs(60)))
@@ -135,17 +136,7 @@ async fn a_claim_of_another_guarantee_meets_a_transaction_in_bounded_time_and_ne
 async fn a_store_that_waits_for_ever_waits_for_as_long_as_the_server_can() {
     for library in BOTH {
         let bank = Bank::of(library).await;
-        let builder = PostgresStore::builder().timeout(Duration::MAX);
-        let pool = support::postgres::pool(&bank.url(), 2);
-        let store = builder.connect_pool(pool).await.unwrap();
-        let store = match library {
-            Library::TokioPostgres => store,
-            Library::Sqlx => store.with_sqlx(support::bank::sqlx_pool(&bank.url(), 2)),
-        };
-        let node = app(
-            &bank.control,
-            IdempotencyLayer::new(store).guarantee(Guarantee::Transactional),
-        );
+        let node = app(&bank.control, another_layer(&bank, library, Duration::MAX).await);
         let answer = call(&node, order("k", 5, "")).await;
         assert_eq!(answer.status, StatusCode::CREATED, "{library:?} {answer:?}");
     }
@@ -155,14 +146,7 @@ async fn a_store_that_waits_for_ever_waits_for_as_long_as_the_server_can() {
 async fn a_claim_waits_no_longer_for_a_locked_table_than_the_store_does_and_the_handler_is_not_bound_by_that() {
     for library in BOTH {
         let bank = Bank::of(library).await;
-        let pool = support::postgres::pool(&bank.url(), 2);
-        let builder = PostgresStore::builder().timeout(Duration::from_millis(500));
-        let store = builder.connect_pool(pool).await.unwrap();
-        let store = match library {
-            Library::TokioPostgres => store,
-            Library::Sqlx => store.with_sqlx(support::bank::sqlx_pool(&bank.url(), 2)),
-        };
-        let layer = IdempotencyLayer::new(store).guarantee(Guarantee::Transactional);
+        let layer = another_layer(&bank, library, SHORT).await;
         let node = app(&bank.control, layer.store_timeout(Duration::from_secs(60)));
         // With a connection whose statements are prepared: that would wait, too.
         assert_eq!(call(&node, order("warm", 5, "")).await.status, StatusCode::CREATED);
@@ -192,7 +176,7 @@ async fn a_claim_waits_no_longer_for_a_locked_table_than_the_store_does_and_the_
         bank.say("UPDATE idempotency_records SET expires_at = clock_timestamp()")
             .await;
         let then = "INSERT INTO transfers (reference, amount) VALUES (current_setting('lock_timeout'), 2)";
-        let elsewhere = another_node(&bank, library).await;
+        let elsewhere = app(&bank.control, another_layer(&bank, library, SHORT).await);
         assert_eq!(
             call(&elsewhere, order("k", 5, then)).await.status,
             StatusCode::CREATED,
@@ -203,17 +187,19 @@ async fn a_claim_waits_no_longer_for_a_locked_table_than_the_store_does_and_the_
     }
 }
 
-/// One that has not seen anything yet.
-async fn another_node(bank: &Bank, library: Library) -> axum::Router {
+/// Of a node that has not seen anything yet, whose store waits for so long.
+async fn another_layer(bank: &Bank, library: Library, timeout: Duration) -> IdempotencyLayer {
     let pool = support::postgres::pool(&bank.url(), 2);
-    let builder = PostgresStore::builder().timeout(Duration::from_millis(500));
-    let store = builder.connect_pool(pool).await.unwrap();
+    let store = PostgresStore::builder()
+        .timeout(timeout)
+        .connect_pool(pool)
+        .await
+        .unwrap();
     let store = match library {
         Library::TokioPostgres => store,
         Library::Sqlx => store.with_sqlx(support::bank::sqlx_pool(&bank.url(), 2)),
     };
-    let layer = IdempotencyLayer::new(store).guarantee(Guarantee::Transactional);
-    app(&bank.control, layer)
+    IdempotencyLayer::new(store).guarantee(Guarantee::Transactional)
 }
 
 #[tokio::test]
@@ -226,7 +212,7 @@ async fn a_replay_waits_for_nobody_who_works_on_its_row() {
             .batch_execute("BEGIN; UPDATE idempotency_records SET retention = retention")
             .await
             .unwrap();
-        let node = another_node(&bank, library).await;
+        let node = app(&bank.control, another_layer(&bank, library, SHORT).await);
         let replay = call(&node, order("k", 5, "")).await;
         assert!(replay.is_replay(), "{library:?} {replay:?}");
         assert_eq!(replay.body, first.body);

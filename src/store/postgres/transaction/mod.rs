@@ -2,6 +2,7 @@
 
 mod client;
 mod ends;
+mod looked;
 mod open;
 mod say;
 #[cfg(feature = "sqlx")]
@@ -24,6 +25,7 @@ use self::sqlx::SqlxSource;
 pub use self::sqlx::SqlxTransaction;
 use self::{
     ends::{Ends, Waking},
+    looked::{Looked, Looking},
     open::Open,
     say::{Failure, Say, Value},
     statements::{Locks, SEVERAL, TransactionStatements, held},
@@ -113,14 +115,6 @@ pub(super) trait Connection: Send + Sized + 'static {
 /// READ COMMITTED whatever the connection has: what a look sees must not be older than the lock before it. READ WRITE,
 /// which no replica grants: it would have locks of its own, and may not know yet what was committed.
 const BEGIN_TO_LOOK: &str = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE";
-
-/// What a claim or a look showed.
-#[derive(Debug)]
-pub(super) struct Looked {
-    held: i32,
-    claimed: bool,
-    row: Option<Row>,
-}
 
 impl PostgresStore {
     /// With transactions on connections of its own pool.
@@ -370,33 +364,4 @@ fn named(id: &RecordId, claim: &Claim, fingerprint: &Fingerprint) -> Vec<Value> 
 fn lock_timeout(time: Duration) -> String {
     let millis = time.as_millis().clamp(1, i32::MAX as u128);
     format!("{millis}ms")
-}
-
-enum Looking {
-    Found(Found),
-    /// It counts as vacant, and nobody else has claimed it.
-    Expired,
-}
-
-impl Looked {
-    /// What is committed says more than who is at work. `None` if there is nothing and nobody.
-    fn found(self, id: &RecordId, claim: &Claim) -> Result<Option<Looking>, StoreError> {
-        let in_flight = || match self.held {
-            held::NONE => None,
-            held::FIRST => Some(Looking::Found(Found::InFlight(Whose::Same))),
-            _ => Some(Looking::Found(Found::InFlight(Whose::Unclear))),
-        };
-        if self.claimed {
-            return Ok(Some(Looking::Found(Found::Acquired)));
-        }
-        let Some(row) = self.row else {
-            return Ok(in_flight());
-        };
-        Ok(match row.found(id, claim.owner)? {
-            record::Found::Expired => Some(in_flight().unwrap_or(Looking::Expired)),
-            record::Found::Other(begin) => Some(Looking::Found(Found::Kept(begin))),
-            // No claim of this owner was ever committed.
-            record::Found::Own => None,
-        })
-    }
 }
