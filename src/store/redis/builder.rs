@@ -12,6 +12,7 @@ use super::{
     flight::Replicas,
     granted::Granted,
     keys::Keys,
+    outbox::Outbox,
     scripts::Scripts,
     tls::Certificates,
     waiters::Waiters,
@@ -168,9 +169,10 @@ impl RedisStoreBuilder {
 
     async fn start(self, way: Way) -> Result<RedisStore, StoreError> {
         let (way, keys, timeout) = (Arc::new(way), Keys::new(self.prefix), self.settings.timeout);
-        let connection = Connection::new(Arc::clone(&way), self.settings);
+        let connection = Arc::new(Connection::new(Arc::clone(&way), self.settings));
         connection.open().await.map_err(classify)?;
         let inner = Inner {
+            outbox: Outbox::new(Arc::clone(&connection)),
             connection,
             scripts: Scripts::new(way.is_cluster()),
             waiters: Waiters::new(way, keys.clone(), timeout),

@@ -4,23 +4,14 @@
 //! `SET … IFEQ` where the server has it, and elsewhere by a script that the completions of one moment share. Where the
 //! comparison fails nothing was changed, and the script for one completion decides.
 
-use std::{
-    collections::HashMap,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
-    time::Duration,
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering::Relaxed},
 };
 
 use futures_util::future::join_all;
 use redis::{RedisError, RedisResult, Value};
-use tokio::{
-    runtime::{Handle, Id},
-    sync::oneshot,
-    task::yield_now,
-    time::{Instant, timeout, timeout_at},
-};
+use tokio::time::Instant;
 
 use super::{
     Inner,
@@ -29,6 +20,7 @@ use super::{
     flight::{Flight, Kind},
     record::{self, HEAD},
     safe,
+    together::{Asked, Together, Unanswered},
 };
 use crate::{
     codec::StoredResponse,
@@ -40,9 +32,6 @@ use crate::{
 /// one holds up the server for some tenths of a millisecond at most.
 const TOGETHER: usize = 16;
 const SHORT: usize = 4 * 1024;
-/// Whoever was not sent by then goes alone. The task that sends may be behind another one that blocks its thread.
-const PATIENCE: Duration = Duration::from_millis(20);
-
 struct Completion {
     key: String,
     /// The record as this node's claim set it, if that is known.
@@ -52,19 +41,15 @@ struct Completion {
     time_to_live: String,
 }
 
-/// Completions that are about to be sent together: those of each runtime, since one that stands still must not hold up
-/// another's.
+/// Completions that are about to share scripts.
 #[derive(Default)]
 pub(super) struct Queue {
-    waiting: Mutex<HashMap<Id, Vec<Waiting>>>,
+    together: Arc<Together<Arc<Completion>, RedisResult<Told>>>,
     /// Behind the server are several, and one step may not concern the records of two.
     is_closed: AtomicBool,
 }
 
-struct Waiting {
-    completion: Arc<Completion>,
-    told: oneshot::Sender<RedisResult<Told>>,
-}
+type Waiting = Asked<Arc<Completion>, RedisResult<Told>>;
 
 /// What became of one of them.
 #[derive(Clone, Copy)]
@@ -151,7 +136,7 @@ impl Inner {
             after: Some(listeners),
             kind: Kind::Change,
         };
-        let landed = self.connection.send(flight, deadline).await;
+        let landed = self.outbox.send(flight, deadline).await;
         match landed.answer {
             Ok(Value::Okay) => {}
             Ok(_) => return Ok(false),
@@ -172,65 +157,55 @@ impl Inner {
                     after: None,
                     kind: Kind::Read,
                 };
-                inner.connection.send(flight, deadline).await;
+                inner.outbox.send(flight, deadline).await;
             });
         }
         safe(true, landed.is_safe)
     }
 
-    /// With the other completions that tasks of this runtime make before it has run through all that can go on. A task of
-    /// its own sends them: none of them may depend on whether somebody polls another.
+    /// With the other completions of this moment.
     async fn join_others(
         self: &Arc<Self>,
         completion: &Arc<Completion>,
         deadline: Instant,
     ) -> Result<bool, StoreError> {
-        let runtime = Handle::current();
-        let (told, mut said) = oneshot::channel();
-        let waiting = Waiting {
-            completion: Arc::clone(completion),
-            told,
-        };
-        if self.queue.join(runtime.id(), waiting) {
-            let turn = Turn {
-                inner: Some(Arc::clone(self)),
-                of: runtime.id(),
-            };
-            runtime.spawn(async move {
-                yield_now().await;
-                turn.send().await;
-            });
-        }
-        let patience = PATIENCE.min(deadline.saturating_duration_since(Instant::now()));
-        let said = match timeout(patience, &mut said).await {
-            Ok(said) => Ok(said),
-            Err(_) if self.queue.leave(runtime.id(), completion) => return Ok(false),
-            Err(_) => timeout_at(deadline, said).await,
-        };
+        let together = &self.queue.together;
+        let said = together
+            .join(Arc::clone(completion), deadline, self, Self::send_in_scripts)
+            .await;
         match said {
-            Ok(Ok(Ok(Told { is_done, is_safe }))) => safe(is_done, is_safe || !is_done),
+            Ok(Ok(Told { is_done, is_safe })) => safe(is_done, is_safe || !is_done),
             // It may be about another one of them.
-            Ok(Ok(Err(error))) if is_said_by_the_server(&error) => {
+            Ok(Err(error)) if is_said_by_the_server(&error) => {
                 self.queue.is_closed.fetch_or(is_of_several_places(&error), Relaxed);
                 Ok(false)
             }
-            Ok(Ok(Err(error))) => Err(classify(error)),
-            // The runtime of the task is gone.
-            Ok(Err(_)) => Ok(false),
-            Err(elapsed) => Err(classify(late(elapsed))),
+            Ok(Err(error)) => Err(classify(error)),
+            Err(Unanswered::Left) => Ok(false),
+            Err(Unanswered::Late(elapsed)) => Err(classify(late(elapsed))),
         }
+    }
+
+    async fn send_in_scripts(self: Arc<Self>, mut waiting: Vec<Waiting>) {
+        let mut sent = Vec::new();
+        while !waiting.is_empty() {
+            let rest = waiting.split_off(waiting.len().min(TOGETHER));
+            sent.push(self.send_together(waiting));
+            waiting = rest;
+        }
+        join_all(sent).await;
     }
 
     async fn send_together(&self, waiting: Vec<Waiting>) {
         let deadline = self.connection.deadline();
-        let keys: Vec<_> = waiting.iter().map(|one| one.completion.key.as_bytes()).collect();
+        let keys: Vec<_> = waiting.iter().map(|one| one.step.key.as_bytes()).collect();
         let mut arguments: Vec<&[u8]> = Vec::with_capacity(3 * waiting.len());
-        for Waiting { completion, .. } in &waiting {
+        for Waiting { step: completion, .. } in &waiting {
             let granted = completion.granted.as_ref().map_or(&[][..], |granted| granted);
             arguments.extend([granted, &completion.completed, completion.time_to_live.as_bytes()]);
         }
         let step = &self.scripts.complete_many;
-        let landed = self.connection.run(step, &keys, &arguments, deadline).await;
+        let landed = self.outbox.run(step, &keys, &arguments, deadline).await;
         let is_safe = landed.is_safe;
         let mut done = match landed.answer {
             Ok(Value::Array(done)) => Ok(done.into_iter()),
@@ -247,67 +222,6 @@ impl Inner {
             };
             // Who does not wait any more has left meanwhile.
             let _ = told.send(what);
-        }
-    }
-}
-
-impl Queue {
-    /// Whether it is the first, and has to see to it that all are sent.
-    fn join(&self, of: Id, waiting: Waiting) -> bool {
-        let mut queues = self.queues();
-        let queue = queues.entry(of).or_default();
-        queue.push(waiting);
-        queue.len() == 1
-    }
-
-    fn take(&self, of: Id) -> Vec<Waiting> {
-        self.queues().remove(&of).unwrap_or_default()
-    }
-
-    /// Whether it was there still, and so is not sent.
-    fn leave(&self, of: Id, completion: &Arc<Completion>) -> bool {
-        let mut queues = self.queues();
-        let Some(queue) = queues.get_mut(&of) else {
-            return false;
-        };
-        let before = queue.len();
-        queue.retain(|waiting| !Arc::ptr_eq(&waiting.completion, completion));
-        queue.len() < before
-    }
-
-    fn queues(&self) -> MutexGuard<'_, HashMap<Id, Vec<Waiting>>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The duty to empty a queue.
-struct Turn {
-    /// Until it was done.
-    inner: Option<Arc<Inner>>,
-    of: Id,
-}
-
-impl Turn {
-    async fn send(mut self) {
-        let Some(inner) = self.inner.take() else { return };
-        // Whoever comes from now on is the first again.
-        let mut waiting = inner.queue.take(self.of);
-        waiting.retain(|waiting| !waiting.told.is_closed());
-        let mut sent = Vec::new();
-        while !waiting.is_empty() {
-            let rest = waiting.split_off(waiting.len().min(TOGETHER));
-            sent.push(inner.send_together(waiting));
-            waiting = rest;
-        }
-        join_all(sent).await;
-    }
-}
-
-impl Drop for Turn {
-    /// Its runtime is gone before it was its turn: nobody waits for what nobody sends.
-    fn drop(&mut self) {
-        if let Some(inner) = self.inner.take() {
-            drop(inner.queue.take(self.of));
         }
     }
 }

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
+use redis::{RedisError, RedisResult, Value};
 use tokio::{
     sync::watch,
     time::{Instant, error::Elapsed, sleep, timeout, timeout_at},
@@ -13,8 +13,7 @@ use tokio::{
 
 use super::{
     failure::{is_answer, is_over, leads_elsewhere},
-    flight::{Flight, Kind, Landed, Replicas},
-    scripts::Step,
+    flight::{Flight, Landed, Replicas, fly_together},
     server,
     way::{Link, Way},
 };
@@ -93,6 +92,10 @@ impl Connection {
         self.state().compares
     }
 
+    pub(super) fn waits_for_replicas(&self) -> bool {
+        self.settings.replicas.is_some()
+    }
+
     pub(super) fn deadline(&self) -> Instant {
         after(Instant::now(), self.settings.timeout)
     }
@@ -109,26 +112,25 @@ impl Connection {
         landed
     }
 
-    /// Runs a step on the server, on keys that are in one place.
-    pub(super) async fn run(&self, step: &Step, keys: &[&[u8]], arguments: &[&[u8]], deadline: Instant) -> Landed {
-        let run = |name, script| {
-            let command = command(name, script, keys, arguments);
-            async move {
-                let flight = Flight {
-                    key: keys.first().copied().unwrap_or_default(),
-                    before: None,
-                    step: command,
-                    after: None,
-                    kind: Kind::Change,
-                };
-                self.send(flight, deadline).await
-            }
+    /// Sends steps in one flight. Each was written wholly or not at all when this is dropped.
+    pub(super) async fn send_together(&self, flights: Vec<Flight<'_>>, deadline: Instant) -> Vec<Landed> {
+        let count = flights.len();
+        let failed = |error: &RedisError| (0..count).map(|_| Landed::failed(error.clone())).collect();
+        let (mut link, number) = match self.link(deadline).await {
+            Ok(link) => link,
+            Err(error) => return failed(&error),
         };
-        let landed = run("EVALSHA", &step.hash).await;
-        match &landed.answer {
-            // It was never told, or was restarted: it is sent in full, and known from then on.
-            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => run("EVAL", &step.code).await,
-            _ => landed,
+        let answers = timeout_at(deadline, fly_together(&mut link, flights)).await;
+        match answers.unwrap_or_else(|elapsed| Err(late(elapsed))) {
+            Ok(landed) => {
+                let mut errors = landed.iter().filter_map(|one| one.answer.as_ref().err());
+                self.note(number, errors.find(|error| !is_answer(error)));
+                landed
+            }
+            Err(error) => {
+                self.note(number, Some(&error));
+                failed(&error)
+            }
         }
     }
 
@@ -264,17 +266,6 @@ fn after(now: Instant, time: Duration) -> Instant {
 
 pub(super) fn late(elapsed: Elapsed) -> RedisError {
     std::io::Error::new(std::io::ErrorKind::TimedOut, elapsed).into()
-}
-
-fn command(name: &str, script: &str, keys: &[&[u8]], arguments: &[&[u8]]) -> Cmd {
-    let rest = || keys.iter().chain(arguments);
-    let length: usize = rest().map(|argument| argument.len()).sum();
-    let mut command = Cmd::with_capacity(3 + rest().count(), name.len() + script.len() + 8 + length);
-    command.arg(name).arg(script).arg(keys.len());
-    for argument in rest() {
-        command.arg(*argument);
-    }
-    command
 }
 
 /// An answer that no version of the server gives.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use redis::{Cmd, Pipeline, RedisError, RedisResult, Value};
+use redis::{Arg, Cmd, Pipeline, RedisError, RedisResult, Value};
 
 use super::way::Link;
 
@@ -42,56 +42,93 @@ pub(super) struct Landed {
 }
 
 impl Flight<'_> {
+    /// Bytes, about.
+    pub(super) fn length(&self) -> usize {
+        let commands = self.before.iter().chain([&self.step]).chain(&self.after);
+        let arguments = commands.flat_map(Cmd::args_iter);
+        arguments
+            .map(|argument| match argument {
+                Arg::Simple(bytes) => bytes.len(),
+                _ => 0,
+            })
+            .sum()
+    }
+
     /// Goes there and back.
     pub(super) async fn fly(self, link: &mut Link, replicas: Option<Replicas>) -> Landed {
-        let Self {
-            key,
-            before,
-            step,
-            after,
-            kind,
-        } = self;
-        let replicas = replicas.filter(|_| kind == Kind::Change);
-        if before.is_none() && after.is_none() && replicas.is_none() {
+        let replicas = replicas.filter(|_| self.kind == Kind::Change);
+        if self.before.is_none() && self.after.is_none() && replicas.is_none() {
+            let answer = match self.kind {
+                Kind::Read => link.ask_primary(self.key, &self.step).await,
+                Kind::Change => link.send(&self.step).await,
+            };
             return Landed {
                 before: None,
-                answer: match kind {
-                    Kind::Read => link.ask_primary(key, &step).await,
-                    Kind::Change => link.send(&step).await,
-                },
+                answer,
                 after: None,
                 is_safe: true,
             };
         }
-        let mut commands = Pipeline::with_capacity(4);
-        let asks = (before.is_some(), after.is_some());
-        if let Some(before) = before {
-            commands.add_command(before);
+        let (key, mut commands) = (self.key, Pipeline::with_capacity(4));
+        let expected = self.board(&mut commands, replicas);
+        match link.send_all(key, commands).await {
+            Ok(answers) => expected.read(&mut answers.into_iter()),
+            Err(error) => Landed::failed(error),
         }
-        commands.add_command(step);
-        if let Some(after) = after {
-            commands.add_command(after);
+    }
+
+    /// Adds its commands to others.
+    fn board(self, commands: &mut Pipeline, replicas: Option<Replicas>) -> Expected {
+        let expected = Expected {
+            before: self.before.is_some(),
+            after: self.after.is_some(),
+            replicas: replicas.map(|replicas| replicas.count),
+        };
+        for command in self.before.into_iter().chain([self.step]).chain(self.after) {
+            commands.add_command(command);
         }
         if let Some(Replicas { count, within }) = replicas {
             // Nothing is for ever there.
             let millis = u64::try_from(within.as_millis()).unwrap_or(u64::MAX).max(1);
             commands.cmd("WAIT").arg(count).arg(millis);
         }
-        let answers = match link.send_all(key, commands).await {
-            Ok(answers) => answers,
-            Err(error) => return Landed::failed(error),
-        };
-        let mut answers = answers.into_iter();
+        expected
+    }
+}
+
+/// Flights over a link to one server, in one. Each answer is told when all are there.
+pub(super) async fn fly_together(link: &mut Link, flights: Vec<Flight<'_>>) -> RedisResult<Vec<Landed>> {
+    let mut commands = Pipeline::with_capacity(flights.len());
+    let expected: Vec<_> = flights
+        .into_iter()
+        .map(|flight| flight.board(&mut commands, None))
+        .collect();
+    let mut answers = link.send_all(&[], commands).await?.into_iter();
+    Ok(expected
+        .into_iter()
+        .map(|expected| expected.read(&mut answers))
+        .collect())
+}
+
+/// What is to come back.
+struct Expected {
+    before: bool,
+    after: bool,
+    replicas: Option<usize>,
+}
+
+impl Expected {
+    fn read(self, answers: &mut impl Iterator<Item = Value>) -> Landed {
         let number = |answer| match answer {
             Some(Value::Int(number)) => Some(number),
             _ => None,
         };
-        let before = if asks.0 { number(answers.next()) } else { None };
+        let before = if self.before { number(answers.next()) } else { None };
         let answer = answers.next().unwrap_or(Value::Nil).extract_error();
-        let after = if asks.1 { answers.next() } else { None };
-        let is_safe = replicas.is_none_or(|replicas| {
+        let after = if self.after { answers.next() } else { None };
+        let is_safe = self.replicas.is_none_or(|least| {
             let acknowledged = number(answers.next()).and_then(|count| usize::try_from(count).ok());
-            acknowledged.is_some_and(|count| count >= replicas.count)
+            acknowledged.is_some_and(|count| count >= least)
         });
         Landed {
             before,

@@ -8,12 +8,14 @@ mod failure;
 mod flight;
 mod granted;
 mod keys;
+mod outbox;
 mod record;
 mod scripts;
 mod server;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod together;
 mod waiters;
 mod way;
 
@@ -32,6 +34,7 @@ use self::{
     flight::{Flight, Kind},
     granted::Granted,
     keys::Keys,
+    outbox::Outbox,
     record::{Record, State},
     scripts::{Scripts, Step},
     waiters::Waiters,
@@ -68,7 +71,8 @@ pub struct RedisStore {
 }
 
 struct Inner {
-    connection: Connection,
+    connection: Arc<Connection>,
+    outbox: Outbox,
     keys: Keys,
     scripts: Scripts,
     waiters: Arc<Waiters>,
@@ -155,7 +159,7 @@ impl Inner {
                 after: None,
                 kind,
             };
-            self.connection.send(flight, deadline).await
+            self.outbox.send(flight, deadline).await
         };
         if self.hints.has(id) && asks == claim.asks_for_remaining {
             // It changes nothing, and is a write to the server: one that may not write, such as a replica, may have an
@@ -223,7 +227,7 @@ impl Inner {
             if has_room { b"1" } else { b"0" },
         ];
         let (key, step) = (self.keys.key(id), &self.scripts.begin);
-        let landed = self.connection.run(step, &[key.as_bytes()], &arguments, deadline).await;
+        let landed = self.outbox.run(step, &[key.as_bytes()], &arguments, deadline).await;
         let is_safe = landed.is_safe;
         let acquired = |fence| {
             self.granted.add(&claim.owner, &record::in_progress(claim, fence));
@@ -266,7 +270,7 @@ impl Inner {
         arguments: &[&[u8]],
         deadline: Instant,
     ) -> Result<(), StoreError> {
-        let landed = self.connection.run(step, &[key.as_bytes()], arguments, deadline).await;
+        let landed = self.outbox.run(step, &[key.as_bytes()], arguments, deadline).await;
         let is_safe = landed.is_safe;
         match landed.answer.map_err(classify)? {
             Value::Int(scripts::CHANGED) => safe((), is_safe),

@@ -16,6 +16,9 @@ use super::waiters::Ears;
 
 /// Commands that wait to be written.
 const PIPELINE: usize = 1024;
+/// Bytes that are gathered before they are written, whatever else is to be sent: as long as a full script of completions and
+/// the claims beside it.
+const BUFFER: usize = 256 * 1024;
 
 /// Each opening finds out anew where it leads: names are looked up, sentinels are asked who is the primary.
 #[allow(clippy::large_enum_variant, reason = "there is one for each store")]
@@ -60,6 +63,11 @@ impl Way {
         matches!(self, Self::Cluster(_))
     }
 
+    /// Whether all goes to one server, over a connection that this store made.
+    pub(super) fn leads_to_one(&self) -> bool {
+        matches!(self, Self::Single(_) | Self::Sentinel(_))
+    }
+
     /// Whether somebody else made it.
     pub(super) fn is_foreign(&self) -> bool {
         matches!(self, Self::Own(_))
@@ -80,7 +88,8 @@ impl Way {
             .set_connection_timeout(Some(timeout))
             // Each step has a deadline already.
             .set_response_timeout(None)
-            .set_pipeline_buffer_size(PIPELINE);
+            .set_pipeline_buffer_size(PIPELINE)
+            .set_write_backpressure_boundary(BUFFER);
         match self {
             Self::Single(client) => Ok(Link::Single(
                 client.get_multiplexed_async_connection_with_config(&config).await?,

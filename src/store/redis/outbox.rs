@@ -1,0 +1,161 @@
+//! Steps of one moment are written at once.
+//!
+//! By themselves they would be written one by one: the task that drives a connection is woken by the first of them, and
+//! runs before the next. Each write costs this process and the server more than what is written.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering::Relaxed},
+};
+
+use futures_util::future::join_all;
+use redis::{Cmd, ErrorKind, RedisError, ServerErrorKind};
+use tokio::time::Instant;
+
+use super::{
+    connection::{Connection, late},
+    flight::{Flight, Kind, Landed},
+    scripts::Step,
+    together::{Asked, Together, Unanswered},
+};
+
+/// With fewer others under way a step goes at once.
+const OTHERS: usize = 2;
+/// A longer step goes by itself.
+const SHORT: usize = 16 * 1024;
+/// Steps that are in one flight at most: their answers wait for each other, and any of them may be large.
+const TOGETHER: usize = 64;
+
+pub(super) struct Outbox {
+    connection: Arc<Connection>,
+    together: Arc<Together<Parcel, Landed>>,
+    under_way: AtomicUsize,
+}
+
+struct Parcel {
+    flight: Flight<'static>,
+    deadline: Instant,
+}
+
+impl Outbox {
+    pub(super) fn new(connection: Arc<Connection>) -> Self {
+        Self {
+            connection,
+            together: Arc::default(),
+            under_way: AtomicUsize::new(0),
+        }
+    }
+
+    /// Sends a step. It was written wholly or not at all when this is dropped.
+    pub(super) async fn send(&self, flight: Flight<'_>, deadline: Instant) -> Landed {
+        let way = UnderWay::count(&self.under_way);
+        // One at a time is to be told what replicas have, and a cluster has several places to go to.
+        let is_shared = way.others >= OTHERS
+            && self.connection.way().leads_to_one()
+            && !self.connection.waits_for_replicas()
+            && flight.length() <= SHORT;
+        if !is_shared {
+            return self.connection.send(flight, deadline).await;
+        }
+        let Flight {
+            key: _,
+            before,
+            step,
+            after,
+            kind,
+        } = flight;
+        let flight = Flight {
+            key: &[],
+            before,
+            step,
+            after,
+            kind,
+        };
+        let parcel = Parcel { flight, deadline };
+        match self.together.join(parcel, deadline, &self.connection, send_all).await {
+            Ok(landed) => landed,
+            Err(Unanswered::Late(elapsed)) => Landed::failed(late(elapsed)),
+            Err(Unanswered::Left) => Landed::failed(RedisError::from(std::io::Error::other(
+                "the runtime that was to send it is gone",
+            ))),
+        }
+    }
+
+    /// Runs a step on the server, on keys that are in one place.
+    pub(super) async fn run(&self, step: &Step, keys: &[&[u8]], arguments: &[&[u8]], deadline: Instant) -> Landed {
+        let run = |name, script| {
+            let command = command(name, script, keys, arguments);
+            async move {
+                let flight = Flight {
+                    key: keys.first().copied().unwrap_or_default(),
+                    before: None,
+                    step: command,
+                    after: None,
+                    kind: Kind::Change,
+                };
+                self.send(flight, deadline).await
+            }
+        };
+        let landed = run("EVALSHA", &step.hash).await;
+        match &landed.answer {
+            // It was never told, or was restarted: it is sent in full, and known from then on.
+            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => run("EVAL", &step.code).await,
+            _ => landed,
+        }
+    }
+}
+
+async fn send_all(connection: Arc<Connection>, mut parcels: Vec<Asked<Parcel, Landed>>) {
+    let mut sent = Vec::new();
+    while !parcels.is_empty() {
+        let rest = parcels.split_off(parcels.len().min(TOGETHER));
+        sent.push(send_together(&connection, parcels));
+        parcels = rest;
+    }
+    join_all(sent).await;
+}
+
+async fn send_together(connection: &Connection, parcels: Vec<Asked<Parcel, Landed>>) {
+    // Who is late sooner does not wait until then.
+    let Some(latest) = parcels.iter().map(|asked| asked.step.deadline).max() else {
+        return;
+    };
+    let (flights, told): (Vec<_>, Vec<_>) = parcels.into_iter().map(|asked| (asked.step.flight, asked.told)).unzip();
+    let landed = connection.send_together(flights, latest).await;
+    for (told, landed) in told.into_iter().zip(landed) {
+        // Who does not wait any more has left meanwhile.
+        let _ = told.send(landed);
+    }
+}
+
+/// A step, until it has landed or nobody waits for it any more.
+struct UnderWay<'a> {
+    all: &'a AtomicUsize,
+    others: usize,
+}
+
+impl<'a> UnderWay<'a> {
+    fn count(all: &'a AtomicUsize) -> Self {
+        Self {
+            others: all.fetch_add(1, Relaxed),
+            all,
+        }
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.all.fetch_sub(1, Relaxed);
+    }
+}
+
+fn command(name: &str, script: &str, keys: &[&[u8]], arguments: &[&[u8]]) -> Cmd {
+    let rest = || keys.iter().chain(arguments);
+    let length: usize = rest().map(|argument| argument.len()).sum();
+    let mut command = Cmd::with_capacity(3 + rest().count(), name.len() + script.len() + 8 + length);
+    command.arg(name).arg(script).arg(keys.len());
+    for argument in rest() {
+        command.arg(*argument);
+    }
+    command
+}
