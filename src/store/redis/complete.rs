@@ -171,7 +171,7 @@ impl Inner {
     ) -> Result<bool, StoreError> {
         let together = &self.queue.together;
         let said = together
-            .join(Arc::clone(completion), deadline, self, Self::send_in_scripts)
+            .join(Arc::clone(completion), TOGETHER, deadline, self, Self::send_in_scripts)
             .await;
         match said {
             Ok(Ok(Told { is_done, is_safe })) => safe(is_done, is_safe || !is_done),

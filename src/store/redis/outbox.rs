@@ -72,7 +72,13 @@ impl Outbox {
             kind,
         };
         let parcel = Parcel { flight, deadline };
-        match self.together.join(parcel, deadline, &self.connection, send_all).await {
+        // The server is to have the one half, while this process has the answers to the other.
+        let enough = way.others.div_ceil(2).max(OTHERS);
+        match self
+            .together
+            .join(parcel, enough, deadline, &self.connection, send_all)
+            .await
+        {
             Ok(landed) => landed,
             Err(Unanswered::Late(elapsed)) => Landed::failed(late(elapsed)),
             Err(Unanswered::Left) => Landed::failed(RedisError::from(std::io::Error::other(

@@ -3,10 +3,7 @@
 use std::{
     collections::HashMap,
     future::{Future, poll_fn},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::Poll,
     time::Duration,
 };
@@ -23,9 +20,13 @@ const PATIENCE: Duration = Duration::from_millis(20);
 /// Steps that are about to be made. Those of each runtime are apart, since one that stands still must not hold up
 /// another's.
 pub(super) struct Together<S, A> {
-    waiting: Mutex<HashMap<Id, Vec<Asked<S, A>>>>,
+    waiting: Mutex<Waiting<S, A>>,
+}
+
+struct Waiting<S, A> {
+    of: HashMap<Id, Vec<Asked<S, A>>>,
     /// Counts steps.
-    next: AtomicU64,
+    next: u64,
 }
 
 /// A step, and who waits for its answer.
@@ -45,9 +46,9 @@ pub(super) enum Unanswered {
 
 impl<S, A> Default for Together<S, A> {
     fn default() -> Self {
+        let of = HashMap::new();
         Self {
-            waiting: Mutex::default(),
-            next: AtomicU64::default(),
+            waiting: Mutex::new(Waiting { of, next: 0 }),
         }
     }
 }
@@ -55,10 +56,11 @@ impl<S, A> Default for Together<S, A> {
 impl<S: Send + 'static, A: Send + 'static> Together<S, A> {
     /// Makes a step with the others that tasks of this runtime make before it has run through all that can go on. A task of
     /// its own makes them, by the first one's `make`: none of them may depend on whether somebody polls another. Those that
-    /// nobody waits for any more by then are not made.
+    /// nobody waits for any more by then are not made. Once there are enough, they are made without waiting for others.
     pub(super) async fn join<C, F>(
         self: &Arc<Self>,
         step: S,
+        enough: usize,
         deadline: Instant,
         with: &Arc<C>,
         make: fn(Arc<C>, Vec<Asked<S, A>>) -> F,
@@ -67,16 +69,19 @@ impl<S: Send + 'static, A: Send + 'static> Together<S, A> {
         C: Send + Sync + 'static,
         F: Future<Output = ()> + Send + 'static,
     {
-        let (runtime, number) = (Handle::current(), self.next.fetch_add(1, Relaxed));
+        let runtime = Handle::current();
         let (told, mut said) = oneshot::channel();
-        if self.add(runtime.id(), Asked { step, told, number }) {
+        let (number, count) = self.add(runtime.id(), step, told);
+        if count == 1 || count == enough {
             let turn = Turn {
                 together: Some(Arc::clone(self)),
                 of: runtime.id(),
             };
             let with = Arc::clone(with);
             runtime.spawn(async move {
-                go_to_the_end().await;
+                if count < enough {
+                    go_to_the_end().await;
+                }
                 make(with, turn.take()).await;
             });
         }
@@ -93,30 +98,32 @@ impl<S: Send + 'static, A: Send + 'static> Together<S, A> {
         }
     }
 
-    /// Whether it is the first, and has to see to it that all are made.
-    fn add(&self, of: Id, asked: Asked<S, A>) -> bool {
+    /// Its number, and how many there are now.
+    fn add(&self, of: Id, step: S, told: oneshot::Sender<A>) -> (u64, usize) {
         let mut waiting = self.waiting();
-        let steps = waiting.entry(of).or_default();
-        steps.push(asked);
-        steps.len() == 1
+        let number = waiting.next;
+        waiting.next += 1;
+        let steps = waiting.of.entry(of).or_default();
+        steps.push(Asked { step, told, number });
+        (number, steps.len())
     }
 
     /// All, if this one is still among them.
     fn take_with(&self, of: Id, number: u64) -> Option<Vec<Asked<S, A>>> {
         let mut waiting = self.waiting();
-        let steps = waiting.get(&of)?;
+        let steps = waiting.of.get(&of)?;
         let is_there = steps.iter().any(|asked| asked.number == number);
-        let steps = if is_there { waiting.remove(&of) } else { None };
+        let steps = if is_there { waiting.of.remove(&of) } else { None };
         steps.map(wanted)
     }
 }
 
 impl<S, A> Together<S, A> {
     fn take(&self, of: Id) -> Vec<Asked<S, A>> {
-        self.waiting().remove(&of).map_or_else(Vec::new, wanted)
+        self.waiting().of.remove(&of).map_or_else(Vec::new, wanted)
     }
 
-    fn waiting(&self) -> MutexGuard<'_, HashMap<Id, Vec<Asked<S, A>>>> {
+    fn waiting(&self) -> MutexGuard<'_, Waiting<S, A>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -165,4 +172,111 @@ async fn go_to_the_end() {
         }
     })
     .await;
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+
+    use futures_util::future::join_all;
+    use tokio::runtime::Builder;
+
+    use super::*;
+
+    /// How many were made at once each time.
+    #[derive(Default)]
+    struct Made(Mutex<Vec<usize>>);
+
+    type Doubling = Together<u32, u32>;
+
+    async fn double(made: Arc<Made>, steps: Vec<Asked<u32, u32>>) {
+        made.0.lock().unwrap().push(steps.len());
+        for Asked { step, told, .. } in steps {
+            let _ = told.send(step * 2);
+        }
+    }
+
+    async fn join(together: &Arc<Doubling>, step: u32, enough: usize, made: &Arc<Made>) -> Result<u32, Unanswered> {
+        let deadline = Instant::now() + Duration::from_secs(1);
+        together.join(step, enough, deadline, made, double).await
+    }
+
+    #[tokio::test]
+    async fn steps_of_one_moment_are_made_at_once_and_each_gets_its_own_answer() {
+        let (together, made) = (Arc::default(), Arc::default());
+        for start in [0, 100] {
+            let answers = join_all((start..start + 10).map(|step| join(&together, step, 50, &made))).await;
+            let answers: Vec<_> = answers.into_iter().map(Result::unwrap).collect();
+            assert_eq!(answers, (start..start + 10).map(|step| step * 2).collect::<Vec<_>>());
+        }
+        assert_eq!(*made.0.lock().unwrap(), [10, 10]);
+    }
+
+    #[tokio::test]
+    async fn once_there_are_enough_nobody_else_is_waited_for() {
+        let (together, made) = (Arc::default(), Arc::default());
+        let late = async {
+            go_to_the_end().await;
+            join(&together, 3, 2, &made).await
+        };
+        let (first, second, late) = tokio::join!(join(&together, 1, 2, &made), join(&together, 2, 2, &made), late);
+        assert_eq!([first, second, late].map(Result::unwrap), [2, 4, 6]);
+        let made = made.0.lock().unwrap();
+        assert_eq!(made.iter().filter(|count| **count > 0).collect::<Vec<_>>(), [&2, &1]);
+    }
+
+    #[test]
+    fn those_of_different_runtimes_are_made_apart() {
+        let runtime = || Builder::new_current_thread().enable_all().build().unwrap();
+        let (still, other) = (runtime(), runtime());
+        let (together, made) = (Arc::default(), Arc::default());
+        let mut first = Box::pin(join(&together, 1, 50, &made));
+        let poll = still.block_on(poll_fn(|context| Poll::Ready(first.as_mut().poll(context))));
+        assert!(poll.is_pending());
+        assert_eq!(other.block_on(join(&together, 2, 50, &made)).unwrap(), 4);
+        assert_eq!(*made.0.lock().unwrap(), [1]);
+        drop(still);
+        assert!(matches!(other.block_on(first), Err(Unanswered::Left)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_not_seen_to_sees_to_all() {
+        let (together, made): (Arc<Doubling>, Arc<Made>) = (Arc::default(), Arc::default());
+        // As if the first one's turn were behind something that blocks.
+        let (told, said) = oneshot::channel();
+        together.add(Handle::current().id(), 1, told);
+        let start = Instant::now();
+        assert_eq!(join(&together, 2, 50, &made).await.unwrap(), 4);
+        assert_eq!(said.await.unwrap(), 2);
+        assert!(start.elapsed() >= PATIENCE);
+        assert_eq!(*made.0.lock().unwrap(), [2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_has_no_answer_by_its_deadline_is_told_so() {
+        let (together, nothing): (Arc<Doubling>, _) = (Arc::default(), Arc::new(()));
+        let deadline = Instant::now() + Duration::from_secs(1);
+        let never = |_, steps: Vec<Asked<u32, u32>>| async move {
+            std::future::pending::<()>().await;
+            drop(steps);
+        };
+        let answer = together.join(1, 50, deadline, &nothing, never).await;
+        assert!(matches!(answer, Err(Unanswered::Late(_))));
+        assert_eq!(Instant::now().duration_since(deadline).as_millis(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_any_more_is_not_made() {
+        let (together, made) = (Arc::default(), Arc::default());
+        {
+            let mut left = Box::pin(join(&together, 1, 50, &made));
+            assert!(
+                poll_fn(|context| Poll::Ready(left.as_mut().poll(context)))
+                    .await
+                    .is_pending()
+            );
+        }
+        assert_eq!(join(&together, 2, 50, &made).await.unwrap(), 4);
+        assert_eq!(*made.0.lock().unwrap(), [1]);
+    }
 }

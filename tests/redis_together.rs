@@ -1,0 +1,145 @@
+//! Steps of one moment, which share their way to a Redis server.
+#![cfg(feature = "redis")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::{
+    future::{Future, poll_fn},
+    pin::Pin,
+    sync::mpsc::channel,
+    task::Poll,
+    time::Duration,
+};
+
+use futures_util::future::join_all;
+use support::{
+    redis::Redis,
+    steps::{MINUTE, acquire, claim, complete, id, is_replay, key, kind},
+};
+use tokio::{runtime::Builder, sync::oneshot, time::timeout};
+use tower_idempotency::{Begin, RedisStore, Store, StoreError, StoreErrorKind};
+
+type Beginning<'a> = Pin<Box<dyn Future<Output = Result<Begin, StoreError>> + Send + 'a>>;
+
+fn beginning(store: &RedisStore, number: u32) -> Beginning<'_> {
+    Box::pin(async move { store.begin(&id(number), &claim()).await })
+}
+
+fn all(store: &RedisStore, numbers: impl Iterator<Item = u32>) -> Vec<Beginning<'_>> {
+    numbers.map(|number| beginning(store, number)).collect()
+}
+
+/// Polls each once: what can be sent is on its way then.
+async fn poll_all(steps: &mut [Beginning<'_>]) {
+    for step in steps {
+        assert!(poll_fn(|cx| Poll::Ready(step.as_mut().poll(cx))).await.is_pending());
+    }
+}
+
+fn is_acquired(begin: &Result<Begin, StoreError>) -> bool {
+    matches!(begin, Ok(Begin::Acquired(_)))
+}
+
+#[tokio::test]
+async fn each_of_many_steps_of_one_moment_gets_its_own_answer() {
+    let server = Redis::start(&[]);
+    let store = RedisStore::connect(&server.url()).await.unwrap();
+    for number in 0..200 {
+        match number % 4 {
+            0 => complete(&store, &acquire(&store, number).await, number as usize).await,
+            1 => drop(acquire(&store, number).await),
+            2 => server.say(&["RPUSH", &key(number), "not a record"]).await,
+            _ => {}
+        }
+    }
+    // Another one's: a replay is not expected here, and is asked for its end besides.
+    let elsewhere = RedisStore::connect(&server.url()).await.unwrap();
+    for (store, asks) in [(&store, false), (&elsewhere, true), (&store, true)] {
+        let begins = (0..200).map(async |number| {
+            let claim = if asks { claim().asking_for_remaining() } else { claim() };
+            (number, store.begin(&id(number), &claim).await)
+        });
+        for (number, begin) in join_all(begins).await {
+            match (number % 4, begin) {
+                (0, Ok(begin)) => {
+                    assert!(is_replay(&begin, number as usize), "{number}: {begin:?}");
+                    let end = matches!(begin, Begin::Completed { remaining: Some(_), .. });
+                    assert!(end || !asks, "{number}: {begin:?}");
+                }
+                (1, begin) => assert!(matches!(begin, Ok(Begin::InProgress { .. })), "{number}: {begin:?}"),
+                // Only whoever asked for it is told what the server refused.
+                (2, begin) => assert_eq!(kind(begin), StoreErrorKind::Corrupt, "{number}"),
+                (_, Ok(Begin::Acquired(lease))) => store.release(&lease).await.unwrap(),
+                other => panic!("{number}: {other:?}"),
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn where_the_server_is_silent_each_of_many_steps_ends_by_its_deadline() {
+    let server = Redis::start(&[]);
+    let builder = RedisStore::builder().timeout(Duration::from_millis(300));
+    let store = builder.connect(&server.url()).await.unwrap();
+    acquire(&store, 0).await;
+    server.pause();
+    let begun = timeout(MINUTE, join_all(all(&store, 1..100))).await.unwrap();
+    for begin in begun {
+        assert_eq!(kind(begin), StoreErrorKind::Unavailable);
+    }
+    server.resume();
+    let again = support::steps::until_back(&store, 100).await;
+    assert!(matches!(again, Begin::Acquired(_)));
+}
+
+#[tokio::test]
+async fn a_step_that_nobody_waits_for_any_more_is_not_sent_and_takes_none_of_the_others_with_it() {
+    let server = Redis::start(&[]);
+    let store = RedisStore::connect(&server.url()).await.unwrap();
+    // Two are sent by themselves.
+    let mut steps = all(&store, 0..4);
+    poll_all(&mut steps[..3]).await;
+    // The first of its moment: by it all are sent.
+    drop(steps.remove(2));
+    poll_all(&mut steps[2..]).await;
+    let begun = timeout(MINUTE, join_all(steps)).await.unwrap();
+    assert!(begun.iter().all(is_acquired), "{begun:?}");
+    assert!(!server.ask::<bool>(&["EXISTS", &key(2)]).await);
+}
+
+/// The task that sends for all may be on a thread that somebody blocks.
+#[test]
+fn a_thread_that_is_blocked_holds_up_no_step_on_another() {
+    let server = Redis::start(&[]);
+    let threads = || {
+        Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let (network, runtime) = (threads(), threads());
+    let store = network.block_on(RedisStore::connect(&server.url())).unwrap();
+    let (release, released) = channel::<()>();
+    let (begun, begins) = oneshot::channel();
+    // They are under way until somebody asks for their answers.
+    let mut others = all(&store, 0..8);
+    network.block_on(poll_all(&mut others));
+    let own = store.clone();
+    let blocking = runtime.spawn(async move {
+        let mut step = all(&own, 8..9);
+        poll_all(&mut step).await;
+        let _ = begun.send(());
+        // As a handler does that reckons for long.
+        let _ = released.recv();
+        join_all(step).await.iter().all(is_acquired)
+    });
+    runtime.block_on(begins).unwrap();
+    let own = store.clone();
+    let another = runtime.spawn(async move { is_acquired(&beginning(&own, 9).await) });
+    assert!(runtime.block_on(another).unwrap());
+    release.send(()).unwrap();
+    assert!(runtime.block_on(blocking).unwrap());
+    assert!(network.block_on(join_all(others)).iter().all(is_acquired));
+}
