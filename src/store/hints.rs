@@ -7,8 +7,8 @@ use crate::record::RecordId;
 const PLACES: usize = 1 << 16;
 
 /// A replay that is expected is a plain read, which costs a server less than a claim. What is expected decides only what is
-/// asked first, never what is answered of a sound record; so a place is simply taken by whoever comes last. They are half a mebibyte, for
-/// the requests of a minute where there are a thousand a second.
+/// asked first, never what is answered of a sound record; so a place is simply taken by whoever comes last. They are half a
+/// mebibyte, for the requests of a minute where there are a thousand a second.
 pub(in crate::store) struct Hints(Box<[AtomicU64]>);
 
 impl Hints {
@@ -18,7 +18,10 @@ impl Hints {
 
     pub(in crate::store) fn add(&self, id: &RecordId) {
         let (place, name) = self.place(id);
-        place.store(name, Relaxed);
+        // What is replayed often is known already, and stays where it is in the caches of those who look.
+        if place.load(Relaxed) != name {
+            place.store(name, Relaxed);
+        }
     }
 
     pub(in crate::store) fn has(&self, id: &RecordId) -> bool {
