@@ -13,7 +13,7 @@ use tokio::{
 
 use super::{
     failure::{is_answer, is_over, leads_elsewhere},
-    flight::{Flight, Landed, Replicas, fly_together},
+    flight::{Flight, Landed, Replicas},
     server,
     way::{Link, Way},
 };
@@ -110,28 +110,6 @@ impl Connection {
         let landed = landed.unwrap_or_else(|elapsed| Landed::failed(late(elapsed)));
         self.note(number, landed.answer.as_ref().err());
         landed
-    }
-
-    /// Sends steps in one flight. Each was written wholly or not at all when this is dropped.
-    pub(super) async fn send_together(&self, flights: Vec<Flight<'_>>, deadline: Instant) -> Vec<Landed> {
-        let count = flights.len();
-        let failed = |error: &RedisError| (0..count).map(|_| Landed::failed(error.clone())).collect();
-        let (mut link, number) = match self.link(deadline).await {
-            Ok(link) => link,
-            Err(error) => return failed(&error),
-        };
-        let answers = timeout_at(deadline, fly_together(&mut link, flights)).await;
-        match answers.unwrap_or_else(|elapsed| Err(late(elapsed))) {
-            Ok(landed) => {
-                let mut errors = landed.iter().filter_map(|one| one.answer.as_ref().err());
-                self.note(number, errors.find(|error| !is_answer(error)));
-                landed
-            }
-            Err(error) => {
-                self.note(number, Some(&error));
-                failed(&error)
-            }
-        }
     }
 
     async fn link(&self, deadline: Instant) -> RedisResult<(Link, u64)> {

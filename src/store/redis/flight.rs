@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use redis::{Arg, Cmd, Pipeline, RedisError, RedisResult, Value};
+use redis::{Arg, Cmd, ErrorKind, Pipeline, RedisError, RedisResult, Value};
 
 use super::way::Link;
 
@@ -96,20 +96,6 @@ impl Flight<'_> {
     }
 }
 
-/// Flights over a link to one server, in one. Each answer is told when all are there.
-pub(super) async fn fly_together(link: &mut Link, flights: Vec<Flight<'_>>) -> RedisResult<Vec<Landed>> {
-    let mut commands = Pipeline::with_capacity(flights.len());
-    let expected: Vec<_> = flights
-        .into_iter()
-        .map(|flight| flight.board(&mut commands, None))
-        .collect();
-    let mut answers = link.send_all(&[], commands).await?.into_iter();
-    Ok(expected
-        .into_iter()
-        .map(|expected| expected.read(&mut answers))
-        .collect())
-}
-
 /// What is to come back.
 struct Expected {
     before: bool,
@@ -124,7 +110,9 @@ impl Expected {
             _ => None,
         };
         let before = if self.before { number(answers.next()) } else { None };
-        let answer = answers.next().unwrap_or(Value::Nil).extract_error();
+        // Nothing would be what a claim is told that has the record.
+        let missing = || Err((ErrorKind::UnexpectedReturnType, "an answer is missing").into());
+        let answer = answers.next().map_or_else(missing, Value::extract_error);
         let after = if self.after { answers.next() } else { None };
         let is_safe = self.replicas.is_none_or(|least| {
             let acknowledged = number(answers.next()).and_then(|count| usize::try_from(count).ok());

@@ -1,7 +1,7 @@
 //! Steps of one moment are written at once.
 //!
-//! By themselves they would be written one by one: the task that drives a connection is woken by the first of them, and
-//! runs before the next. Each write costs this process and the server more than what is written.
+//! By themselves they would be written one by one: on a runtime of several threads the task that drives a connection is woken
+//! by the first of them, and runs before the next. Each write costs this process and the server more than what is written.
 
 use std::sync::{
     Arc,
@@ -23,9 +23,6 @@ use super::{
 const OTHERS: usize = 2;
 /// A longer step goes by itself.
 const SHORT: usize = 16 * 1024;
-/// Steps that are in one flight at most: their answers wait for each other, and any of them may be large.
-const TOGETHER: usize = 64;
-
 pub(super) struct Outbox {
     connection: Arc<Connection>,
     together: Arc<Together<Parcel, Landed>>,
@@ -111,27 +108,21 @@ impl Outbox {
     }
 }
 
-async fn send_all(connection: Arc<Connection>, mut parcels: Vec<Asked<Parcel, Landed>>) {
-    let mut sent = Vec::new();
-    while !parcels.is_empty() {
-        let rest = parcels.split_off(parcels.len().min(TOGETHER));
-        sent.push(send_together(&connection, parcels));
-        parcels = rest;
-    }
-    join_all(sent).await;
-}
-
-async fn send_together(connection: &Connection, parcels: Vec<Asked<Parcel, Landed>>) {
-    // Who is late sooner does not wait until then.
-    let Some(latest) = parcels.iter().map(|asked| asked.step.deadline).max() else {
-        return;
-    };
-    let (flights, told): (Vec<_>, Vec<_>) = parcels.into_iter().map(|asked| (asked.step.flight, asked.told)).unzip();
-    let landed = connection.send_together(flights, latest).await;
-    for (told, landed) in told.into_iter().zip(landed) {
+/// Each by itself: it has a deadline of its own, and is told its answer as soon as that is there. All are with the connection
+/// before it writes the first.
+async fn send_all(connection: Arc<Connection>, parcels: Vec<Asked<Parcel, Landed>>) {
+    let sent = parcels.into_iter().map(async |asked| {
+        let Asked { step, mut told, .. } = asked;
+        let landed = tokio::select! {
+            biased;
+            // As if whoever left had sent it: what was not written yet is not.
+            () = told.closed() => return,
+            landed = connection.send(step.flight, step.deadline) => landed,
+        };
         // Who does not wait any more has left meanwhile.
         let _ = told.send(landed);
-    }
+    });
+    join_all(sent).await;
 }
 
 /// A step, until it has landed or nobody waits for it any more.

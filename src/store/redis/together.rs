@@ -39,7 +39,7 @@ pub(super) struct Asked<S, A> {
 /// Why there is no answer. The step was made or not.
 #[derive(Debug)]
 pub(super) enum Unanswered {
-    /// The runtime of those that were to make it is gone.
+    /// Those that were to make it are gone, with their runtime.
     Left,
     Late(Elapsed),
 }
@@ -72,25 +72,30 @@ impl<S: Send + 'static, A: Send + 'static> Together<S, A> {
         let runtime = Handle::current();
         let (told, mut said) = oneshot::channel();
         let (number, count) = self.add(runtime.id(), step, told);
-        if count == 1 || count == enough {
+        let turn = |waits: bool| {
             let turn = Turn {
                 together: Some(Arc::clone(self)),
                 of: runtime.id(),
             };
             let with = Arc::clone(with);
             runtime.spawn(async move {
-                if count < enough {
+                if waits {
                     go_to_the_end().await;
                 }
                 make(with, turn.take()).await;
             });
+        };
+        if count == 1 || count == enough {
+            turn(count < enough);
         }
-        let patience = deadline.min(Instant::now() + PATIENCE);
-        if let Ok(said) = timeout_at(patience, &mut said).await {
-            return said.map_err(|_| Unanswered::Left);
-        }
-        if let Some(waiting) = self.take_with(runtime.id(), number) {
-            tokio::spawn(make(Arc::clone(with), waiting));
+        loop {
+            let patience = deadline.min(Instant::now() + PATIENCE);
+            match timeout_at(patience, &mut said).await {
+                Ok(said) => return said.map_err(|_| Unanswered::Left),
+                Err(elapsed) if patience == deadline => return Err(Unanswered::Late(elapsed)),
+                Err(_) if self.has(runtime.id(), number) => turn(false),
+                Err(_) => break,
+            }
         }
         match timeout_at(deadline, said).await {
             Ok(said) => said.map_err(|_| Unanswered::Left),
@@ -108,13 +113,11 @@ impl<S: Send + 'static, A: Send + 'static> Together<S, A> {
         (number, steps.len())
     }
 
-    /// All, if this one is still among them.
-    fn take_with(&self, of: Id, number: u64) -> Option<Vec<Asked<S, A>>> {
-        let mut waiting = self.waiting();
-        let steps = waiting.of.get(&of)?;
-        let is_there = steps.iter().any(|asked| asked.number == number);
-        let steps = if is_there { waiting.of.remove(&of) } else { None };
-        steps.map(wanted)
+    /// Whether it is not made yet.
+    fn has(&self, of: Id, number: u64) -> bool {
+        let waiting = self.waiting();
+        let steps = waiting.of.get(&of);
+        steps.is_some_and(|steps| steps.iter().any(|asked| asked.number == number))
     }
 }
 
