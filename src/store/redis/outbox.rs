@@ -43,11 +43,13 @@ impl Outbox {
         }
     }
 
-    /// Sends a step. It was written wholly or not at all when this is dropped.
+    /// Sends a step. It is written wholly or not at all when this is dropped.
     pub(super) async fn send(&self, flight: Flight<'_>, deadline: Instant) -> Landed {
         let way = UnderWay::count(&self.under_way);
-        // One at a time is to be told what replicas have, and a cluster has several places to go to.
+        // A replay gains less than the way through a task costs. One step at a time is to be told what replicas have, and a
+        // cluster has several places to go to.
         let is_shared = way.others >= OTHERS
+            && flight.kind == Kind::Change
             && self.connection.way().leads_to_one()
             && !self.connection.waits_for_replicas()
             && flight.length() <= SHORT;

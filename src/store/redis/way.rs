@@ -16,8 +16,8 @@ use super::waiters::Ears;
 
 /// Commands that wait to be written.
 const PIPELINE: usize = 1024;
-/// Bytes that are gathered before they are written, whatever else is to be sent: as long as a full script of completions and
-/// the claims beside it.
+/// Bytes that are gathered before they are written, whatever else is to be sent: two hundred records of a KiB. The client's
+/// own 8 KiB are seven.
 const BUFFER: usize = 256 * 1024;
 
 /// Each opening finds out anew where it leads: names are looked up, sentinels are asked who is the primary.
