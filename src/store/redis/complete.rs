@@ -32,6 +32,7 @@ use crate::{
 /// one holds up the server for some tenths of a millisecond at most.
 const TOGETHER: usize = 16;
 const SHORT: usize = 4 * 1024;
+
 struct Completion {
     key: String,
     /// The record as this node's claim set it, if that is known.

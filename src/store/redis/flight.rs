@@ -137,3 +137,36 @@ impl Landed {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn read(answers: Vec<Value>) -> Landed {
+        let expected = Expected {
+            before: true,
+            after: true,
+            replicas: Some(1),
+        };
+        expected.read(&mut answers.into_iter())
+    }
+
+    #[test]
+    fn each_answer_is_that_of_its_command() {
+        let landed = read(vec![Value::Int(7), Value::Okay, Value::Nil, Value::Int(1)]);
+        assert_eq!(landed.before, Some(7));
+        assert_eq!(landed.answer.unwrap(), Value::Okay);
+        assert_eq!(landed.after, Some(Value::Nil));
+        assert!(landed.is_safe);
+    }
+
+    /// Nothing is what a claim is told that acquires the record.
+    #[test]
+    fn an_answer_that_is_missing_is_an_error_and_not_nothing() {
+        let landed = read(vec![Value::Int(7)]);
+        assert_eq!(landed.answer.unwrap_err().kind(), ErrorKind::UnexpectedReturnType);
+        assert!(!landed.is_safe);
+    }
+}

@@ -23,6 +23,7 @@ use super::{
 const OTHERS: usize = 2;
 /// A longer step goes by itself.
 const SHORT: usize = 16 * 1024;
+
 pub(super) struct Outbox {
     connection: Arc<Connection>,
     together: Arc<Together<Parcel, Landed>>,

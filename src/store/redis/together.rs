@@ -14,7 +14,8 @@ use tokio::{
     time::{Instant, error::Elapsed, timeout_at},
 };
 
-/// Whoever was not seen to by then sees to all. The task that was to do so may be behind another one that blocks its thread.
+/// Whoever was not seen to by then has another task see to all, as often as it takes: the one that was to do so may be behind
+/// something that blocks its thread.
 const PATIENCE: Duration = Duration::from_millis(20);
 
 /// Steps that are about to be made. Those of each runtime are apart, since one that stands still must not hold up
