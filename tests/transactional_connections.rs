@@ -140,6 +140,29 @@ async fn a_replay_costs_a_node_that_has_seen_it_completed_the_fewest_flights() {
 }
 
 #[tokio::test]
+async fn a_session_that_has_forgotten_what_it_was_told_is_told_again_and_the_request_runs() {
+    let bank = Bank::of(Library::Sqlx).await;
+    let (node, only, proxy) = node_behind(&bank, Library::Sqlx, 2 * PATIENCE).await;
+    let flights = async |key: &str| {
+        only.until_idle().await;
+        let before = proxy.flights();
+        assert_eq!(call(&node, order(key, 5, "")).await.status, StatusCode::CREATED);
+        only.until_idle().await;
+        proxy.flights() - before
+    };
+    flights("before").await;
+    let few = flights("told").await;
+    let forget = "DO $$ DECLARE one text; BEGIN \
+                  FOR one IN SELECT name FROM pg_prepared_statements WHERE name LIKE 'tower_idempotency%' \
+                  LOOP EXECUTE 'DEALLOCATE ' || one; END LOOP; END $$";
+    only.say(forget).await;
+    let more = flights("forgotten").await;
+    assert!(more > few, "{more} where it has to be told, {few} where it was");
+    assert_eq!(flights("again").await, few);
+    assert_eq!(bank.books().await, (5, MONEY));
+}
+
+#[tokio::test]
 async fn a_connection_whose_begin_was_not_answered_is_given_up_and_the_request_runs_once_on_another() {
     for library in BOTH {
         let bank = Bank::of(library).await;

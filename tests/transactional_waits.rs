@@ -9,7 +9,7 @@ use std::time::Duration;
 use http::StatusCode;
 use support::{
     app::{call, gated, open, spawn},
-    bank::{self, ACCOUNTS, BALANCE, BOTH, Bank, Library, app, order},
+    bank::{self, ACCOUNTS, BALANCE, BOTH, Bank, Library, PATIENCE, app, order},
 };
 use tower_idempotency::{Concurrent, Guarantee, IdempotencyLayer, PostgresStore};
 
@@ -183,6 +183,30 @@ async fn a_claim_waits_no_longer_for_a_locked_table_than_the_store_does_and_the_
             "{library:?}"
         );
         let timeout: String = bank.look("SELECT reference FROM transfers WHERE amount = 2").await;
+        assert_eq!(timeout, "0", "{library:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_claim_that_met_a_locked_table_goes_on_when_that_is_let_go_and_the_handler_is_not_bound_by_that() {
+    for library in BOTH {
+        let bank = Bank::of(library).await;
+        let layer = another_layer(&bank, library, PATIENCE).await;
+        let node = app(&bank.control, layer.store_timeout(PATIENCE));
+        assert_eq!(call(&node, order("warm", 5, "")).await.status, StatusCode::CREATED);
+        let migration = bank.client().await;
+        let lock = "BEGIN; LOCK TABLE idempotency_records IN SHARE MODE";
+        migration.batch_execute(lock).await.unwrap();
+        let then = "INSERT INTO transfers (reference, amount) VALUES (current_setting('lock_timeout'), 1)";
+        let waiting = spawn(&node, order("k", 5, then));
+        let waits =
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        while bank.look::<i64>(waits).await == 0 {
+            assert!(!waiting.is_finished(), "{library:?}: it did not wait");
+        }
+        migration.batch_execute("ROLLBACK").await.unwrap();
+        assert_eq!(waiting.await.unwrap().status, StatusCode::CREATED, "{library:?}");
+        let timeout: String = bank.look("SELECT reference FROM transfers WHERE amount = 1").await;
         assert_eq!(timeout, "0", "{library:?}");
     }
 }

@@ -19,7 +19,7 @@ use tokio_postgres::{
 
 use super::{
     BEGIN_TO_LOOK, Connection, Looked, Source,
-    say::{Failure, Say},
+    say::{Failure, Say, Statement},
     statements::SAVEPOINT,
 };
 use crate::{
@@ -53,11 +53,11 @@ impl Drop for Open {
 impl Source for ClientSource {
     type Connection = Open;
 
-    async fn begin(&self, flight: Vec<Say>, later: &[&Arc<str>]) -> Result<(Open, Vec<Looked>), Failure> {
+    async fn begin(&self, flight: Vec<Say>, later: &[&Arc<Statement>]) -> Result<(Open, Vec<Looked>), Failure> {
         let open = self.open().await?;
         // Before the transaction: in one that has failed nothing can be prepared any more.
-        for sql in later {
-            open.prepare(sql).await?;
+        for statement in later {
+            open.prepare(&statement.sql).await?;
         }
         let flight: Vec<_> = [Say::Plain("BEGIN")]
             .into_iter()
@@ -108,10 +108,8 @@ impl Connection for Open {
         Ok(Looked::read_all(&self.say(&flight).await?)?)
     }
 
-    async fn ask(&mut self, flight: Vec<Say>) -> Result<Vec<bool>, Failure> {
-        let rows = self.say(&flight).await?;
-        let asked = flight.iter().zip(rows).filter(|(say, _)| matches!(say, Say::Ask(..)));
-        Ok(asked.map(|(_, row)| row.is_some()).collect())
+    async fn count(&mut self, flight: Vec<Say>) -> Result<usize, Failure> {
+        Ok(self.say(&flight).await?.iter().flatten().count())
     }
 
     async fn commit(self, mut flight: Vec<Say>) -> Result<(), Failure> {
@@ -174,17 +172,19 @@ impl Open {
         for say in flight {
             match say {
                 Say::Plain(sql) => calls.push(Box::pin(async { client.batch_execute(sql).await.map(|()| None) })),
-                Say::Ask(sql, values) if self.prepared => {
-                    let statement = client.prepare_cached(sql).await?;
+                Say::Ask(statement, values) if self.prepared => {
+                    let statement = client.prepare_cached(&statement.sql).await?;
                     let values: Vec<_> = values.iter().map(|value| value as &(dyn ToSql + Sync)).collect();
                     calls.push(Box::pin(async move { client.query_opt(&statement, &values).await }));
                 }
-                Say::Ask(sql, values) => {
+                Say::Ask(statement, values) => {
                     let values: Vec<_> = values
                         .iter()
                         .map(|value| (value as &(dyn ToSql + Sync), value.kind()))
                         .collect();
-                    calls.push(Box::pin(async move { client.query_typed_opt(sql, &values).await }));
+                    calls.push(Box::pin(async move {
+                        client.query_typed_opt(&statement.sql, &values).await
+                    }));
                 }
             }
         }
@@ -226,7 +226,7 @@ async fn in_one_flight(mut calls: Vec<Answering<'_>>) -> Vec<Answer> {
 
 impl Looked {
     fn read_all(rows: &[Option<Row>]) -> Result<Vec<Self>, StoreError> {
-        rows.iter().flatten().skip(1).step_by(2).map(Self::read).collect()
+        rows.iter().flatten().map(Self::read).collect()
     }
 
     fn read(row: &Row) -> Result<Self, StoreError> {

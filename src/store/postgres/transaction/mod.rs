@@ -27,7 +27,7 @@ use self::{
     ends::{Ends, Waking},
     looked::{Looked, Looking},
     open::Open,
-    say::{Failure, Say, Value},
+    say::{Failure, Say, Statement, Value},
     statements::{Locks, SEVERAL, TransactionStatements, held},
 };
 use super::{
@@ -82,12 +82,12 @@ use extractor;
 pub(super) trait Source: Send + Sync + 'static {
     type Connection: Connection;
 
-    /// Begins, says this, and sets the savepoint: what each second row showed, which are those of the claims, or fewer where
-    /// one had none. What is said `later` may be prepared.
+    /// Begins, says this, and sets the savepoint: what the rows showed, which are those of the claims. What is said `later`
+    /// may be prepared.
     fn begin(
         &self,
         flight: Vec<Say>,
-        later: &[&Arc<str>],
+        later: &[&Arc<Statement>],
     ) -> impl Future<Output = Result<(Self::Connection, Vec<Looked>), Failure>> + Send;
 
     /// Takes a lock and looks, in a transaction of its own that ends with that: whether the lock was got, and what was
@@ -97,11 +97,11 @@ pub(super) trait Source: Send + Sync + 'static {
 
 /// A connection in a transaction. Dropped, it rolls back.
 pub(super) trait Connection: Send + Sized + 'static {
-    /// One flight; what each second row showed.
+    /// One flight; what the rows showed.
     fn look(&mut self, flight: Vec<Say>) -> impl Future<Output = Result<Vec<Looked>, Failure>> + Send;
 
-    /// One flight; whether each question was answered with a row.
-    fn ask(&mut self, flight: Vec<Say>) -> impl Future<Output = Result<Vec<bool>, Failure>> + Send;
+    /// One flight; how many rows were its answer.
+    fn count(&mut self, flight: Vec<Say>) -> impl Future<Output = Result<usize, Failure>> + Send;
 
     /// All of this and then commits, or nothing of it.
     fn commit(self, flight: Vec<Say>) -> impl Future<Output = Result<(), Failure>> + Send;
@@ -176,6 +176,9 @@ fn transactions(source: impl Source, store: &Inner) -> Arc<dyn Transactions> {
     })
 }
 
+/// Somebody has the table locked.
+const LOCK_NOT_AVAILABLE: &str = "55P03";
+
 /// How often a claim that found nothing, and could not be had either, is made again.
 const TRIES: usize = 3;
 
@@ -228,37 +231,50 @@ impl<S: Source> TableTransactions<S> {
             .into_iter()
             .chain(others.iter().map(|other| (*other, beside)))
             .collect();
-        let claiming = |statement: &Arc<str>| {
-            let claims = records.iter().map(|(id, fingerprint)| {
-                let mut values = named(id, claim, fingerprint);
-                values.push(retention_micros(claim.retention).into());
-                values.extend(Locks::of(&self.table, id, fingerprint).values());
-                [
-                    Say::ask(&self.statements.bound, [self.lock_timeout()]),
-                    Say::ask(statement, values),
-                ]
-            });
-            claims.flatten().collect::<Vec<_>>()
+        let claiming = |statement: &Arc<Statement>, (id, fingerprint): &(RecordId, Fingerprint)| {
+            let mut values = named(id, claim, fingerprint);
+            values.push(retention_micros(claim.retention).into());
+            values.extend(Locks::of(&self.table, id, fingerprint).values());
+            Say::ask(statement, values)
         };
-        // The first of several decides whether the others are claimed at all.
-        let mut flight = claiming(match others {
-            [] if !self.hints.has(id) => &self.statements.claim_new,
-            _ => &self.statements.claim,
-        });
+        let bound = || Say::ask(&self.statements.bound, [self.lock_timeout()]);
+        let claiming_all = || {
+            let claims = records
+                .iter()
+                .flat_map(|record| [bound(), claiming(&self.statements.claim, record)]);
+            claims.collect::<Vec<_>>()
+        };
         let has_all = (!others.is_empty()).then(|| {
             let ids = records.iter().map(|(id, _)| id.as_bytes().to_vec()).collect();
             let owner = claim.owner.as_bytes().into();
             Say::ask(&self.statements.has_all, [Value::BytesList(ids), owner])
         });
-        if let Some(has_all) = &has_all {
-            flight.insert(0, Say::Plain(SEVERAL));
-            flight.push(has_all.clone());
-        }
         let mut later = vec![&self.statements.complete, &self.statements.check];
-        if !others.is_empty() {
-            later.push(&self.statements.complete_others);
-        }
-        let (connection, mut looked) = self.source.begin(flight, &later).await?;
+        let begun = match others {
+            [] if !self.hints.has(id) => {
+                let claim = claiming(&self.statements.claim_new, &(*id, claim.fingerprint));
+                let lock = Say::ask(&self.statements.lock_table, []);
+                match self.source.begin(vec![lock, claim.clone()], &later).await {
+                    Err(failure) if failure.code.as_deref() == Some(LOCK_NOT_AVAILABLE) => {
+                        let lock = Say::ask(&self.statements.await_table, []);
+                        let unbound = Say::ask(&self.statements.unbound, []);
+                        self.source.begin(vec![bound(), lock, unbound, claim], &later).await
+                    }
+                    begun => begun,
+                }
+            }
+            // The first of several decides whether the others are claimed at all.
+            _ => {
+                let mut flight = claiming_all();
+                if let Some(has_all) = &has_all {
+                    flight.insert(0, Say::Plain(SEVERAL));
+                    flight.push(has_all.clone());
+                    later.push(&self.statements.complete_others);
+                }
+                self.source.begin(flight, &later).await
+            }
+        };
+        let (connection, mut looked) = begun?;
         let lease = Lease::new(*id, claim.owner, 1);
         let mut open = Open::new(
             connection,
@@ -269,7 +285,7 @@ impl<S: Source> TableTransactions<S> {
         );
         if looked.is_empty() {
             // Somebody has it or had it.
-            match open.look(claiming(&self.statements.claim)).await? {
+            match open.look(claiming_all()).await? {
                 Some(again) => looked = again,
                 None => return open.give_up().await,
             }

@@ -82,6 +82,7 @@ impl<C: Connection> Open<C> {
         expired: Vec<(&RecordId, &Fingerprint)>,
         has_all: Option<Say>,
     ) -> Result<bool, StoreError> {
+        let count = expired.len();
         let mut flight = Vec::new();
         for (id, fingerprint) in expired {
             let mut values = named(id, claim, fingerprint);
@@ -89,10 +90,8 @@ impl<C: Connection> Open<C> {
             flight.push(Say::ask(&self.statements.claim_expired, values));
         }
         flight.extend(has_all);
-        let answered = self.outside(flight, async |connection, flight| connection.ask(flight).await);
-        Ok(answered
-            .await?
-            .is_some_and(|answered| answered.into_iter().all(|answered| answered)))
+        let claimed = self.outside(flight, async |connection, flight| connection.count(flight).await);
+        Ok(claimed.await? == Some(count))
     }
 
     /// Says this outside of the savepoint, before a handler has the connection.

@@ -1,5 +1,7 @@
 //! Statements with their values, for either client.
 
+use std::sync::Arc;
+
 use bytes::{Bytes, BytesMut};
 use tokio_postgres::{
     error::Severity,
@@ -14,12 +16,40 @@ use crate::error::StoreError;
 pub(in super::super) enum Say {
     Plain(&'static str),
     /// Answered with one row at most.
-    Ask(std::sync::Arc<str>, Vec<Value>),
+    Ask(Arc<Statement>, Vec<Value>),
 }
 
 impl Say {
-    pub(super) fn ask(sql: &std::sync::Arc<str>, values: impl IntoIterator<Item = Value>) -> Self {
-        Self::Ask(std::sync::Arc::clone(sql), values.into_iter().collect())
+    pub(super) fn ask(statement: &Arc<Statement>, values: impl IntoIterator<Item = Value>) -> Self {
+        Self::Ask(Arc::clone(statement), values.into_iter().collect())
+    }
+}
+
+/// What may be said many times, with other values.
+#[derive(Debug)]
+pub(in super::super) struct Statement {
+    pub(super) sql: String,
+    /// In a session of the server: the same for the same text alone.
+    #[cfg(feature = "sqlx")]
+    pub(super) name: String,
+}
+
+impl Statement {
+    pub(super) fn of(sql: impl Into<String>) -> Arc<Self> {
+        let sql = sql.into();
+        Arc::new(Self {
+            #[cfg(feature = "sqlx")]
+            name: Self::name_of(&sql),
+            sql,
+        })
+    }
+
+    #[cfg(feature = "sqlx")]
+    fn name_of(sql: &str) -> String {
+        use sha2::{Digest, Sha256};
+        let mut name = "tower_idempotency_".to_owned();
+        crate::hex::push(&mut name, &Sha256::digest(sql)[..16]);
+        name
     }
 }
 

@@ -1,10 +1,12 @@
 //! Transactions on connections of an sqlx pool, for handlers that work with sqlx.
 //!
-//! sqlx sends one statement and awaits its answer, and prepares it once for each connection. Where nothing may be
-//! prepared, what belongs together is sent as one text, with its values written into it.
+//! sqlx sends one statement and awaits its answer, and prepares it once for each connection. What belongs together is sent
+//! as one text with its values written into it where nothing may be prepared, and for a claim, which is then made by the
+//! names of statements that the session was told of.
 
 use std::{
     fmt,
+    future::Future,
     ops::{Deref, DerefMut},
     sync::Arc,
 };
@@ -13,15 +15,15 @@ use http::Extensions;
 use sqlx::{
     Database, Error, Executor, PgPool, Postgres, Row, TransactionManager,
     postgres::{PgDatabaseError, PgRow, PgSeverity},
-    query,
+    query, query_scalar,
 };
 
 use super::{
     BEGIN_TO_LOOK, Connection, Looked, Source,
     client::{self, no_row},
-    say::{Failure, Say, Value},
+    say::{Failure, Say, Statement, Value},
     statements::{SAVEPOINT, UNDO},
-    text::text,
+    text::{text, text_of_names, text_to_prepare},
 };
 use crate::{
     error::{StoreError, StoreErrorKind},
@@ -36,6 +38,9 @@ pub(in super::super) struct SqlxSource {
     /// Whether statements may be prepared.
     pub(in super::super) prepared: bool,
 }
+
+/// There is no statement of that name in this session.
+const NOT_PREPARED: &str = "26000";
 
 type Manager = <Postgres as Database>::TransactionManager;
 
@@ -55,11 +60,20 @@ impl Drop for Open {
 impl Source for SqlxSource {
     type Connection = Open;
 
-    async fn begin(&self, mut flight: Vec<Say>, _: &[&Arc<str>]) -> Result<(Open, Vec<Looked>), Failure> {
-        let open = self.open("BEGIN").await?;
+    async fn begin(&self, mut flight: Vec<Say>, _: &[&Arc<Statement>]) -> Result<(Open, Vec<Looked>), Failure> {
         flight.push(Say::Plain(SAVEPOINT));
-        let (open, rows) = open.say_or_roll_back(flight).await?;
-        Ok((open, Looked::read_all_sqlx(&rows)?))
+        let open = self.open("BEGIN").await?;
+        if !self.prepared {
+            return read(open.fetch_or_roll_back(&text(&flight)).await);
+        }
+        match open.fetch_or_roll_back(&text_of_names(&flight)).await {
+            Err((open, failure)) if failure.code.as_deref() == Some(NOT_PREPARED) => {
+                let said = open.begin_again().await?.fetch_or_roll_back(&text(&flight)).await;
+                let (open, looked) = read(said)?;
+                Ok((open.prepare(&flight).await?, looked))
+            }
+            said => read(said),
+        }
     }
 
     async fn lock_and_look(&self, lock: Say, look: Say) -> Result<(bool, Looked), Failure> {
@@ -71,17 +85,33 @@ impl Source for SqlxSource {
     }
 }
 
+/// Or of what was undone: why.
+type Said = Result<(Open, Vec<PgRow>), (Open, Failure)>;
+
+fn read(said: Said) -> Result<(Open, Vec<Looked>), Failure> {
+    let (open, rows) = said.map_err(|(_, failure)| failure)?;
+    Ok((open, Looked::read_all_sqlx(&rows)?))
+}
+
 impl SqlxSource {
-    /// In a task of its own, which nobody cuts: cut meanwhile, sqlx would give the connection back to its pool with a
-    /// transaction that it does not know of. For the same reason it begins with one statement and no other.
     async fn open(&self, begin: &'static str) -> Result<Open, Failure> {
         let pool = self.pool.clone();
-        let begun = tokio::spawn(async move { pool.begin_with(begin).await }).await;
-        let begun = begun.map_err(|error| StoreError::with_source(StoreErrorKind::Unavailable, error))?;
+        let transaction = uncut(async move { pool.begin_with(begin).await }).await?;
         Ok(Open {
-            transaction: begun?,
+            transaction,
             prepared: self.prepared,
         })
+    }
+}
+
+/// Begins in a task of its own, which nobody cuts: cut meanwhile, sqlx would give the connection back to its pool with a
+/// transaction that it does not know of. For the same reason it begins with one statement and no other.
+async fn uncut<T: Send + 'static>(
+    begin: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::spawn(begin).await {
+        Ok(begun) => Ok(begun?),
+        Err(error) => Err(StoreError::with_source(StoreErrorKind::Unavailable, error).into()),
     }
 }
 
@@ -122,6 +152,44 @@ impl Open {
         }
     }
 
+    /// On the same connection, after all was undone.
+    async fn begin_again(mut self) -> Result<Self, Failure> {
+        uncut(async move {
+            Manager::begin(&mut self.transaction, None).await?;
+            Ok(self)
+        })
+        .await
+    }
+
+    /// In one flight. Nobody is told of a failure before it is rolled back: the next attempt may come at once.
+    async fn fetch_or_roll_back(mut self, text: &str) -> Said {
+        match self.transaction.fetch_all(text).await {
+            Ok(rows) => Ok((self, rows)),
+            Err(error) => {
+                let _ = self.undo().await;
+                Err((self, error.into()))
+            }
+        }
+    }
+
+    /// What was said with values, by its name, for whoever has this session next. Where it was said already: then the
+    /// table is locked, and nothing here waits.
+    async fn prepare(mut self, flight: &[Say]) -> Result<Self, Failure> {
+        let names = query_scalar("SELECT name FROM pg_prepared_statements");
+        let prepared = match names.fetch_all(&mut *self.transaction).await {
+            Ok(there) => (*self.transaction)
+                .execute(&*text_to_prepare(flight, there))
+                .await
+                .map(drop),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = prepared {
+            let _ = self.undo().await;
+            return Err(error.into());
+        }
+        Ok(self)
+    }
+
     /// Nobody is told of a failure before it is rolled back: the next attempt may come at once.
     async fn say_or_roll_back(mut self, flight: Vec<Say>) -> Result<(Self, Vec<PgRow>), Failure> {
         match self.say(flight).await {
@@ -137,7 +205,7 @@ impl Open {
     async fn say(&mut self, flight: Vec<Say>) -> Result<Vec<PgRow>, Error> {
         let connection = &mut *self.transaction;
         if !self.prepared {
-            return connection.fetch_all(&*text(flight)).await;
+            return connection.fetch_all(&*text(&flight)).await;
         }
         let mut rows = Vec::new();
         for say in flight {
@@ -145,16 +213,18 @@ impl Open {
                 Say::Plain(sql) => {
                     connection.execute(sql).await?;
                 }
-                Say::Ask(sql, values) => {
-                    let asked = values.into_iter().fold(query(&sql), |query, value| match value {
-                        Value::Bytes(bytes) => query.bind(bytes.to_vec()),
-                        Value::BytesList(list) => query.bind(list),
-                        Value::Small(number) => query.bind(number),
-                        Value::Int(number) => query.bind(number),
-                        Value::IntList(list) => query.bind(list),
-                        Value::Long(number) => query.bind(number),
-                        Value::Text(words) => query.bind(words),
-                    });
+                Say::Ask(statement, values) => {
+                    let asked = values
+                        .into_iter()
+                        .fold(query(&statement.sql), |query, value| match value {
+                            Value::Bytes(bytes) => query.bind(bytes.to_vec()),
+                            Value::BytesList(list) => query.bind(list),
+                            Value::Small(number) => query.bind(number),
+                            Value::Int(number) => query.bind(number),
+                            Value::IntList(list) => query.bind(list),
+                            Value::Long(number) => query.bind(number),
+                            Value::Text(words) => query.bind(words),
+                        });
                     rows.extend(connection.fetch_optional(asked).await?);
                 }
             }
@@ -168,11 +238,8 @@ impl Connection for Open {
         Ok(Looked::read_all_sqlx(&self.say(flight).await?)?)
     }
 
-    async fn ask(&mut self, flight: Vec<Say>) -> Result<Vec<bool>, Failure> {
-        let asked = flight.iter().filter(|say| matches!(say, Say::Ask(..))).count();
-        let rows = self.say(flight).await?;
-        // Whose is missing is of no interest.
-        Ok(vec![rows.len() == asked; asked])
+    async fn count(&mut self, flight: Vec<Say>) -> Result<usize, Failure> {
+        Ok(self.say(flight).await?.len())
     }
 
     async fn commit(mut self, flight: Vec<Say>) -> Result<(), Failure> {
@@ -222,7 +289,7 @@ impl From<Error> for Failure {
 
 impl Looked {
     fn read_all_sqlx(rows: &[PgRow]) -> Result<Vec<Self>, StoreError> {
-        rows.iter().skip(1).step_by(2).map(Self::read_sqlx).collect()
+        rows.iter().map(Self::read_sqlx).collect()
     }
 
     fn read_sqlx(row: &PgRow) -> Result<Self, StoreError> {

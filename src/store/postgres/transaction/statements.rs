@@ -23,7 +23,7 @@ use super::{
         PostgresTable,
         statements::{FOREVER, RECORD, Statements, after},
     },
-    say::Value,
+    say::{Statement, Value},
 };
 use crate::{fingerprint::Fingerprint, record::RecordId};
 
@@ -41,14 +41,22 @@ pub(super) const SEVERAL: &str = "SELECT 1 WHERE pg_try_advisory_xact_lock_share
 /// The statements for one table. As elsewhere, the text says the parameters' types.
 #[derive(Clone, Debug)]
 pub(crate) struct TransactionStatements {
-    /// `$1` how long to wait for those who hold none of the locks, until a claim was made. One row, of no use. Apart from
-    /// the claim, which waits for a locked table before it does anything.
-    pub(super) bound: Arc<str>,
+    /// The claim's own lock of the table, which fails where it would wait, as for a migration. No row. To
+    /// [bound](Self::bound) each claim would cost more: the server goes through all of its settings for one that is set
+    /// for a transaction.
+    pub(super) lock_table: Arc<Statement>,
+    /// The same, and it waits.
+    pub(super) await_table: Arc<Statement>,
+    /// `$1` how long to wait for those who hold none of the locks, until that is undone. No row.
+    pub(super) bound: Arc<Statement>,
+    /// Undoes it. No row.
+    pub(super) unbound: Arc<Statement>,
     /// As [`claim`](Self::claim), of a record that was never there and that nobody is at work on, which is by far the most
     /// frequent: one row if it is claimed now, else none, and then nothing is known. Costs two thirds. It looks first: who
     /// only looks holds no lock that others would take for work, and an insert would wait for whoever changes the row. In
-    /// a `CASE`, which has an order.
-    pub(super) claim_new: Arc<str>,
+    /// a `CASE`, which has an order. Behind a lock of the table: then it waits only for a claim of another guarantee that
+    /// is being committed in this moment.
+    pub(super) claim_new: Arc<Statement>,
     /// `$1` id, `$2` owner, `$3` algorithm and `$4` digest of the fingerprint, `$5` retention, `$6` to `$8` the locks.
     /// Claims what is vacant. One row: which lock is [held](held) by somebody else, whether the record is `claimed` now,
     /// and the *record* that was there before, if there was one. None of all that: somebody had it who let it go, or
@@ -56,25 +64,25 @@ pub(crate) struct TransactionStatements {
     ///
     /// If the first claim of a transaction is not to be had, the following ones do [nothing](held::NOT_ASKED): a request
     /// that will not run must not be met by others under keys that it would have claimed beside its own.
-    pub(super) claim: Arc<str>,
+    pub(super) claim: Arc<Statement>,
     /// `$1` and `$2` the first lock, `$3` how long to wait for those who hold none. Whether it was `got`.
-    pub(super) try_first: Arc<str>,
+    pub(super) try_first: Arc<Statement>,
     /// `$1` id, `$2` to `$4` the locks. One row: as of a claim, but nothing is claimed, and the second lock is `held` if
     /// whoever holds it has a first lock of the same record for another fingerprint, and all that it wants to claim.
-    pub(super) look: Arc<str>,
+    pub(super) look: Arc<Statement>,
     /// `$1` id, `$2` owner, `$3` answer, `$4` checksum, `$5` retention. Fails with a division by zero if this transaction
     /// has not claimed the record, so that nothing of it is committed.
-    pub(super) complete: Arc<str>,
+    pub(super) complete: Arc<Statement>,
     /// `$1` ids, `$2` owner, `$3` answer, `$4` checksums, `$5` retention. The same for several records.
-    pub(super) complete_others: Arc<str>,
+    pub(super) complete_others: Arc<Statement>,
     /// `$1` id, `$2` owner. Fails as the completion does.
-    pub(super) check: Arc<str>,
-    /// `$1` ids, `$2` owner. Lets others see that this transaction has claimed all of them, if it has. One row, of no use.
-    pub(super) has_all: Arc<str>,
+    pub(super) check: Arc<Statement>,
+    /// `$1` ids, `$2` owner. Lets others see that this transaction has claimed all of them, if it has. No row.
+    pub(super) has_all: Arc<Statement>,
     /// As for a plain claim.
-    pub(super) claim_expired: Arc<str>,
+    pub(super) claim_expired: Arc<Statement>,
     /// `$1` the second lock, `$2` how long to wait. Waits until the transaction that holds it is over, and has `got` it.
-    pub(super) wait: Arc<str>,
+    pub(super) wait: Arc<Statement>,
 }
 
 /// What became of the first claim of a transaction: a setting of that transaction.
@@ -109,21 +117,24 @@ impl TransactionStatements {
             )
         };
         let unbound = "set_config('lock_timeout', current_setting('tower_idempotency.lock_timeout'), true)";
+        let lock_table = format!("LOCK TABLE {table} IN ROW EXCLUSIVE MODE");
         let insert = format!(
             "INSERT INTO {table} (id, owner, fence, state, algorithm, fingerprint, lease_until, expires_at, purge_at, \
              retention) SELECT $1::bytea, $2::bytea, 1, 'p', $3::smallint, $4::bytea, clock_timestamp(), {expires_at}, \
              {expires_at}, $5::bigint"
         );
         Self {
-            bound: format!("SELECT {}", bounded("$1")).into(),
-            claim_new: format!(
+            lock_table: Statement::of(format!("{lock_table} NOWAIT")),
+            await_table: Statement::of(lock_table),
+            bound: Statement::of(format!("SELECT 1 WHERE concat({}) IS NULL", bounded("$1"))),
+            unbound: Statement::of(format!("SELECT 1 WHERE {unbound} IS NULL")),
+            claim_new: Statement::of(format!(
                 "{insert} WHERE CASE WHEN EXISTS (SELECT FROM {table} WHERE id = $1::bytea) THEN false \
                  WHEN pg_try_advisory_xact_lock($6::integer, $7::integer) THEN pg_try_advisory_xact_lock($8::bigint) \
                  ELSE false END ON CONFLICT DO NOTHING \
-                 RETURNING {unbound}, 0 AS held, true AS claimed, NULL::bigint AS fence"
-            )
-            .into(),
-            claim: format!(
+                 RETURNING 0 AS held, true AS claimed, NULL::bigint AS fence"
+            )),
+            claim: Statement::of(format!(
                 "WITH seen AS MATERIALIZED (SELECT {record}, expires_at > clock_timestamp() AS is_kept FROM {table} \
                  WHERE id = $1::bytea), \
                  asked AS MATERIALIZED (SELECT CASE WHEN current_setting('{FIRST_CLAIM}', true) = 'refused' THEN {not_asked} \
@@ -136,15 +147,13 @@ impl TransactionStatements {
                  CASE WHEN held = 0 AND is_kept IS NOT TRUE THEN 'had' ELSE 'refused' END), true), \
                  held, coalesce(claimed, false) AS claimed, seen.* \
                  FROM asked LEFT JOIN made ON true LEFT JOIN seen ON true"
-            )
-            .into(),
-            try_first: format!(
+            )),
+            try_first: Statement::of(format!(
                 "SELECT {bounded}, pg_try_advisory_xact_lock($1::integer, $2::integer) AS got",
                 bounded = bounded("$3")
-            )
-            .into(),
+            )),
             // One look at the list: it is locked as a whole for that, and a second look would be at another moment.
-            look: format!(
+            look: Statement::of(format!(
                 "WITH locks AS MATERIALIZED (SELECT virtualtransaction, classid, objid, objsubid FROM pg_locks \
                  WHERE locktype = 'advisory' AND granted \
                  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) \
@@ -157,32 +166,29 @@ impl TransactionStatements {
                  AND keys.objsubid = 2 AND keys.classid = {SEVERAL_KEYS}::integer::oid) = 1) \
                  THEN 2 ELSE 0 END AS held, false AS claimed, found.* \
                  FROM (SELECT) AS one LEFT JOIN (SELECT {record} FROM {table} WHERE id = $1::bytea) AS found ON true"
-            )
-            .into(),
-            complete: format!(
+            )),
+            complete: Statement::of(format!(
                 "WITH done AS (UPDATE {table} SET {completed}, checksum = $4::integer \
                  WHERE id = $1::bytea AND {ours} RETURNING 1) SELECT 1 / count(*) AS done FROM done"
-            )
-            .into(),
-            complete_others: format!(
+            )),
+            complete_others: Statement::of(format!(
                 "WITH done AS (UPDATE {table} SET {completed}, checksum = other.checksum \
                  FROM unnest($1::bytea[], $4::integer[]) AS other (other_id, checksum) \
                  WHERE id = other_id AND {ours} RETURNING 1) \
                  SELECT 1 / (count(*) = cardinality($1::bytea[]))::integer AS done FROM done"
-            )
-            .into(),
-            check: format!("SELECT 1 / count(*) AS done FROM {table} WHERE id = $1::bytea AND {ours}").into(),
-            has_all: format!(
-                "SELECT CASE WHEN (SELECT count(*) FROM {table} WHERE id = ANY ($1::bytea[]) AND {ours}) \
-                 = cardinality($1::bytea[]) THEN pg_try_advisory_xact_lock_shared({SEVERAL_KEYS}, 1) END AS seen"
-            )
-            .into(),
-            claim_expired: statements.claim_expired.as_str().into(),
-            wait: format!(
+            )),
+            check: Statement::of(format!(
+                "SELECT 1 / count(*) AS done FROM {table} WHERE id = $1::bytea AND {ours}"
+            )),
+            has_all: Statement::of(format!(
+                "SELECT 1 WHERE CASE WHEN (SELECT count(*) FROM {table} WHERE id = ANY ($1::bytea[]) AND {ours}) \
+                 = cardinality($1::bytea[]) THEN pg_try_advisory_xact_lock_shared({SEVERAL_KEYS}, 1) ELSE false END IS NULL"
+            )),
+            claim_expired: Statement::of(statements.claim_expired.as_str()),
+            wait: Statement::of(format!(
                 "SELECT {bounded}, pg_advisory_xact_lock($1::bigint)::text, true AS got",
                 bounded = bounded("$2")
-            )
-            .into(),
+            )),
         }
     }
 }

@@ -4,20 +4,64 @@
 
 use std::fmt::Write;
 
-use super::say::{Say, Value};
+use super::say::{Say, Statement, Value};
 use crate::hex;
 
 /// One text of all of it.
-pub(super) fn text(flight: impl IntoIterator<Item = Say>) -> String {
+pub(super) fn text(flight: &[Say]) -> String {
     let mut text = String::new();
     for say in flight {
         match say {
             Say::Plain(sql) => text.push_str(sql),
-            Say::Ask(sql, values) => write_with_values(&mut text, &sql, &values),
+            Say::Ask(statement, values) => write_with_values(&mut text, &statement.sql, values),
         }
         text.push(';');
     }
     text
+}
+
+/// The same, by names of the statements that have values.
+pub(super) fn text_of_names(flight: &[Say]) -> String {
+    let mut text = String::new();
+    for say in flight {
+        match say {
+            Say::Plain(sql) => text.push_str(sql),
+            Say::Ask(statement, values) if values.is_empty() => text.push_str(&statement.sql),
+            Say::Ask(statement, values) => {
+                text.push_str("EXECUTE ");
+                text.push_str(&statement.name);
+                text.push('(');
+                write_list(&mut text, values, write_value);
+                text.push(')');
+            }
+        }
+        text.push(';');
+    }
+    text
+}
+
+/// What makes those names known that are not `there`.
+pub(super) fn text_to_prepare(flight: &[Say], mut there: Vec<String>) -> String {
+    let mut text = String::new();
+    for say in flight {
+        let Say::Ask(statement, values) = say else { continue };
+        let Statement { name, sql } = &**statement;
+        if !values.is_empty() && !there.contains(name) {
+            // Writing to a string does not fail.
+            let _ = write!(text, "PREPARE {name} AS {sql};");
+            there.push(name.clone());
+        }
+    }
+    text
+}
+
+fn write_list<T>(text: &mut String, list: &[T], write: fn(&mut String, &T)) {
+    for (index, one) in list.iter().enumerate() {
+        if index > 0 {
+            text.push(',');
+        }
+        write(text, one);
+    }
 }
 
 /// The statement with its values in the places of `$1` and so on; not within quotes, where a table's name stands.
@@ -48,18 +92,17 @@ fn write_with_values(text: &mut String, sql: &str, values: &[Value]) {
 fn write_value(text: &mut String, value: &Value) {
     // Writing to a string does not fail.
     let _ = match value {
+        // Of the type that the statement says: to say it twice costs the server.
         Value::Bytes(bytes) => {
             write_bytes(text, bytes);
             Ok(())
         }
         Value::BytesList(list) => {
             text.push_str("ARRAY[");
-            for (index, bytes) in list.iter().enumerate() {
-                if index > 0 {
-                    text.push(',');
-                }
+            write_list(text, list, |text, bytes| {
                 write_bytes(text, bytes);
-            }
+                text.push_str("::bytea");
+            });
             text.push(']');
             Ok(())
         }
@@ -76,7 +119,7 @@ fn write_bytes(text: &mut String, bytes: &[u8]) {
     text.reserve(2 * bytes.len() + 20);
     text.push_str("'\\x");
     hex::push(text, bytes);
-    text.push_str("'::bytea");
+    text.push('\'');
 }
 
 #[cfg(test)]
@@ -91,8 +134,36 @@ mod tests {
             Value::from("it's".to_owned()),
         ];
         let sql = r#"SELECT $2::bigint, $1::bytea, '$1', $3::text FROM "a$1"."b""$2""#;
-        let expected = r#"SELECT (-7)::bigint, '\x00ab'::bytea::bytea, '$1', E'it\'s'::text FROM "a$1"."b""$2";"#;
-        assert_eq!(text([Say::ask(&sql.into(), values)]), expected);
+        let expected = r#"SELECT (-7)::bigint, '\x00ab'::bytea, '$1', E'it\'s'::text FROM "a$1"."b""$2";"#;
+        assert_eq!(text(&[Say::ask(&Statement::of(sql), values)]), expected);
+    }
+
+    #[test]
+    fn what_has_values_is_said_by_its_name_which_is_told_once_and_is_another_for_another_text() {
+        let (add, look) = (
+            Statement::of("SELECT $1::bigint + 1"),
+            Statement::of("SELECT $1::bigint"),
+        );
+        let alone = Statement::of("LOCK TABLE t");
+        assert_ne!(add.name, look.name);
+        assert_eq!(add.name, Statement::of("SELECT $1::bigint + 1").name);
+        assert!(add.name.len() < 64, "the server cuts longer ones off");
+        let flight = [
+            Say::ask(&alone, []),
+            Say::ask(&add, [7_i64.into()]),
+            Say::Plain("SAVEPOINT s"),
+            Say::ask(&add, [8_i64.into()]),
+            Say::ask(&look, [9_i64.into()]),
+        ];
+        let said = format!(
+            "LOCK TABLE t;EXECUTE {add}((7));SAVEPOINT s;EXECUTE {add}((8));EXECUTE {look}((9));",
+            add = add.name,
+            look = look.name
+        );
+        assert_eq!(text_of_names(&flight), said);
+        let told = format!("PREPARE {} AS SELECT $1::bigint + 1;", add.name);
+        assert_eq!(text_to_prepare(&flight, vec![look.name.clone()]), told);
+        assert_eq!(text_to_prepare(&flight, vec![look.name.clone(), add.name.clone()]), "");
     }
 
     #[test]
@@ -108,9 +179,9 @@ mod tests {
         let expected = "SELECT ARRAY['\\x01'::bytea,'\\xf203'::bytea,'\\x'::bytea], ARRAY[1, -2], (-3), (-4), (100), \
                         (120), '' || ;BEGIN;";
         let flight = [
-            Say::ask(&sql.into(), lists.into_iter().chain(filling)),
+            Say::ask(&Statement::of(sql), lists.into_iter().chain(filling)),
             Say::Plain("BEGIN"),
         ];
-        assert_eq!(text(flight), expected);
+        assert_eq!(text(&flight), expected);
     }
 }
