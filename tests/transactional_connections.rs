@@ -7,7 +7,10 @@ mod support;
 use std::{sync::Arc, time::Duration};
 
 use http::StatusCode;
-use sqlx::{Executor, PgPool, postgres::PgPoolOptions};
+use sqlx::{
+    Executor, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
 use support::{
     app::{call, open},
     bank::{self, ACCOUNTS, BALANCE, BOTH, Bank, Library, PATIENCE, order},
@@ -136,6 +139,33 @@ async fn a_replay_costs_a_node_that_has_seen_it_completed_the_fewest_flights() {
             "{library:?}: {more} for what is not known, {few} for what is"
         );
         assert_eq!(flights(&elsewhere).await, few, "{library:?}");
+    }
+}
+
+#[tokio::test]
+async fn however_the_server_writes_bytes_and_reads_backslashes_a_request_runs_and_is_replayed() {
+    let settings = [("bytea_output", "escape"), ("standard_conforming_strings", "off")];
+    for prepared in [true, false] {
+        let bank = Bank::of(Library::Sqlx).await;
+        let options: PgConnectOptions = bank.url().parse().unwrap();
+        let pool = PgPoolOptions::new().connect_lazy_with(options.options(settings));
+        let node = async || {
+            let builder = PostgresStore::builder().timeout(PATIENCE).prepared_statements(prepared);
+            let store = builder.connect_pool(postgres::pool(&bank.url(), 1)).await.unwrap();
+            let layer = IdempotencyLayer::new(store.with_sqlx(pool.clone()));
+            bank::app(&bank.control, layer.guarantee(Guarantee::Transactional))
+        };
+        let (node, elsewhere) = (node().await, node().await);
+        // Ids of many bytes, some of which are letters.
+        for number in 0..20 {
+            let key = format!("k{number}");
+            let first = call(&node, order(&key, 5, "")).await;
+            assert_eq!(first.status, StatusCode::CREATED, "{prepared} {key} {first:?}");
+            for node in [&node, &elsewhere, &elsewhere] {
+                assert_replay(&first, &call(node, order(&key, 5, "")).await);
+            }
+        }
+        assert_eq!((bank.books().await, bank.control.runs()), ((20, MONEY), 20));
     }
 }
 

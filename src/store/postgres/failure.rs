@@ -38,7 +38,7 @@ pub(crate) fn kind_of(code: &str) -> StoreErrorKind {
         // A primary that became a replica: the next connection may find the new primary.
         "25006" => StoreErrorKind::Unavailable,
         // A plan for a table that was altered meanwhile; a prepared statement of another connection, behind a pooler
-        // that does not know of it. The connection is given up, and the next one knows better.
+        // that does not know of it. A connection of the store's is given up, and the next one knows better.
         "0A000" | "26000" | "42P05" => StoreErrorKind::Unavailable,
         // A lock was not to be had in the time that somebody set.
         "55P03" => StoreErrorKind::Unavailable,

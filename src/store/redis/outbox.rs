@@ -47,14 +47,7 @@ impl Outbox {
     /// Sends a step. It is written wholly or not at all when this is dropped.
     pub(super) async fn send(&self, flight: Flight<'_>, deadline: Instant) -> Landed {
         let way = UnderWay::count(&self.under_way);
-        // A replay gains less than the way through a task costs. One step at a time is to be told what replicas have, and a
-        // cluster has several places to go to.
-        let is_shared = way.others >= OTHERS
-            && flight.kind == Kind::Change
-            && self.connection.way().leads_to_one()
-            && !self.connection.waits_for_replicas()
-            && flight.length() <= SHORT;
-        if !is_shared {
+        if !self.shares(&flight, way.others) {
             return self.connection.send(flight, deadline).await;
         }
         let Flight {
@@ -85,6 +78,16 @@ impl Outbox {
                 "the runtime that was to send it is gone",
             ))),
         }
+    }
+
+    /// Whether it goes together with others. A replay gains less than the way through a task costs. One step at a time is to
+    /// be told what replicas have, and a cluster has several places to go to.
+    pub(super) fn shares(&self, flight: &Flight<'_>, others: usize) -> bool {
+        others >= OTHERS
+            && flight.kind == Kind::Change
+            && self.connection.way().leads_to_one()
+            && !self.connection.waits_for_replicas()
+            && flight.length() <= SHORT
     }
 
     /// Runs a step on the server, on keys that are in one place.

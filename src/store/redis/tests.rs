@@ -13,7 +13,8 @@ use tokio::time::Instant;
 use super::{
     RedisStore, RedisStoreBuilder, Said, address,
     connection::{Connection, Settings},
-    flight::{Flight, Kind},
+    flight::{Flight, Kind, Replicas},
+    outbox::Outbox,
     tls::Certificates,
     way::Way,
 };
@@ -112,6 +113,50 @@ fn connection(told: &Told, timeout: Duration) -> Connection {
         replicas: None,
     };
     Connection::new(Arc::new(Way::Own(Box::new(told.clone()))), settings)
+}
+
+/// A step of so many bytes, and so many that are asked before it.
+fn step(kind: Kind, length: usize, before: usize) -> Flight<'static> {
+    Flight {
+        key: b"key",
+        before: (before > 0).then(|| redis::cmd("PTTL").arg(vec![b'x'; before - 4]).clone()),
+        step: redis::cmd("SET").arg(vec![b'x'; length - 3]).clone(),
+        after: None,
+        kind,
+    }
+}
+
+#[test]
+fn short_changes_go_together_when_others_are_under_way_to_one_server_of_which_no_replica_is_waited_for() {
+    let outbox = |way, replicas| {
+        let settings = Settings {
+            timeout: Duration::from_secs(1),
+            refuse_forgetful_server: false,
+            replicas,
+        };
+        Outbox::new(Arc::new(Connection::new(Arc::new(way), settings)))
+    };
+    let single = || Way::Single(redis::Client::open("redis://127.0.0.1:1").unwrap());
+    let alone = outbox(single(), None);
+    let shares = |kind, length, before, others| alone.shares(&step(kind, length, before), others);
+    assert!(shares(Kind::Change, 16 * 1024, 0, 2));
+    assert!(shares(Kind::Change, 8 * 1024, 8 * 1024, 99));
+    assert!(!shares(Kind::Change, 100, 0, 1), "nobody to go with");
+    assert!(!shares(Kind::Read, 100, 0, 99), "a replay");
+    assert!(!shares(Kind::Change, 16 * 1024 + 1, 0, 99), "long");
+    assert!(
+        !shares(Kind::Change, 8 * 1024, 8 * 1024 + 1, 99),
+        "long, with what is asked before"
+    );
+    let replicas = Replicas {
+        count: 1,
+        within: Duration::from_secs(1),
+    };
+    assert!(!outbox(single(), Some(replicas)).shares(&step(Kind::Change, 100, 0), 99));
+    let cluster = redis::cluster::ClusterClient::new(["redis://127.0.0.1:1"]).unwrap();
+    for way in [Way::Cluster(Box::new(cluster)), Way::Own(Box::new(Told::default()))] {
+        assert!(!outbox(way, None).shares(&step(Kind::Change, 100, 0), 99));
+    }
 }
 
 async fn ask(connection: &Connection) -> RedisResult<Value> {

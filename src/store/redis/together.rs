@@ -182,6 +182,11 @@ async fn go_to_the_end() {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
 
+    use std::{
+        pin::pin,
+        sync::mpsc::{Sender, channel},
+    };
+
     use futures_util::future::join_all;
     use tokio::runtime::Builder;
 
@@ -254,6 +259,94 @@ mod tests {
         assert_eq!(said.await.unwrap(), 2);
         assert!(start.elapsed() >= PATIENCE);
         assert_eq!(*made.0.lock().unwrap(), [2]);
+    }
+
+    /// Blocks its thread at the `poll`th poll of a step that is about to be made, until it is let go.
+    async fn block_at(
+        poll: usize,
+        step: impl Future<Output = Result<u32, Unanswered>>,
+        blocked: Sender<Sender<()>>,
+    ) -> u32 {
+        let (mut step, mut polls) = (pin!(step), 0);
+        poll_fn(|context| {
+            let polled = step.as_mut().poll(context);
+            polls += 1;
+            if polls == poll {
+                let (let_go, until) = channel::<()>();
+                // Whoever holds the other end of this lets go by dropping it.
+                blocked.send(let_go).unwrap();
+                let _ = until.recv();
+            }
+            polled
+        })
+        .await
+        .unwrap()
+    }
+
+    #[test]
+    fn steps_behind_threads_that_are_blocked_are_made_by_another() {
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(3)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (together, made): (Arc<Doubling>, Arc<Made>) = Default::default();
+        let step = |step| {
+            let (together, made) = (Arc::clone(&together), Arc::clone(&made));
+            async move {
+                let deadline = Instant::now() + Duration::from_secs(60);
+                together.join(step, 50, deadline, &made, double).await
+            }
+        };
+        let (blocked, blocks) = channel();
+        // The first has its turn in a place from which nobody takes it: next on the thread that it blocks. The second has
+        // lost its patience by then, and blocks another thread with the turn that follows from that.
+        let first = runtime.spawn(block_at(1, step(1), blocked.clone()));
+        let first_block = blocks.recv().unwrap();
+        let second = runtime.spawn(block_at(2, step(2), blocked));
+        let second_block = blocks.recv().unwrap();
+        assert_eq!(runtime.block_on(runtime.spawn(step(3))).unwrap().unwrap(), 6);
+        drop((first_block, second_block));
+        assert_eq!(runtime.block_on(first).unwrap(), 2);
+        assert_eq!(runtime.block_on(second).unwrap(), 4);
+        let made: usize = made.0.lock().unwrap().iter().sum();
+        assert_eq!(made, 3, "each once");
+    }
+
+    #[test]
+    fn on_many_threads_each_gets_its_own_answer_and_each_is_made_once() {
+        const TASKS: u32 = 64;
+        const STEPS: u32 = 200;
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(4)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (together, made): (Arc<Doubling>, Arc<Made>) = Default::default();
+        let tasks: Vec<_> = (0..TASKS)
+            .map(|task| {
+                let (together, made) = (Arc::clone(&together), Arc::clone(&made));
+                runtime.spawn(async move {
+                    for number in 0..STEPS {
+                        let step = task * STEPS + number;
+                        let deadline = Instant::now() + Duration::from_secs(60);
+                        let enough = [2, 7, 50][step as usize % 3];
+                        let answer = together.join(step, enough, deadline, &made, double).await;
+                        assert_eq!(answer.unwrap(), step * 2);
+                        if step % 5 == 0 {
+                            // One that leaves at once, whose turn may be the others'.
+                            let mut left = Box::pin(together.join(step, enough, deadline, &made, double));
+                            poll_fn(|context| Poll::Ready(left.as_mut().poll(context).is_pending())).await;
+                        }
+                    }
+                })
+            })
+            .collect();
+        for task in tasks {
+            runtime.block_on(task).unwrap();
+        }
+        let made: usize = made.0.lock().unwrap().iter().sum();
+        assert!(made >= (TASKS * STEPS) as usize, "{made}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,6 +4,8 @@ mod client;
 mod ends;
 mod looked;
 mod open;
+#[cfg(feature = "sqlx")]
+mod rows;
 mod say;
 #[cfg(feature = "sqlx")]
 mod sqlx;

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     error::{StoreError, StoreErrorKind},
-    store::postgres::{failure, record},
+    store::postgres::failure,
     transactional::{Lent, Missing, MissingTransaction, Slot},
 };
 
@@ -284,37 +284,6 @@ impl From<Error> for Failure {
             fatal,
             error: StoreError::with_source(kind, error),
         }
-    }
-}
-
-impl Looked {
-    fn read_all_sqlx(rows: &[PgRow]) -> Result<Vec<Self>, StoreError> {
-        rows.iter().map(Self::read_sqlx).collect()
-    }
-
-    fn read_sqlx(row: &PgRow) -> Result<Self, StoreError> {
-        let read = || {
-            let fence: Option<i64> = row.try_get("fence")?;
-            Ok::<_, Error>(Self {
-                held: row.try_get("held")?,
-                claimed: row.try_get("claimed")?,
-                row: match fence {
-                    None => None,
-                    Some(fence) => Some(record::Row {
-                        owner: row.try_get("owner")?,
-                        fence,
-                        state: row.try_get("state")?,
-                        algorithm: row.try_get("algorithm")?,
-                        fingerprint: row.try_get("fingerprint")?,
-                        answer: row.try_get("answer")?,
-                        checksum: row.try_get("checksum")?,
-                        expired: row.try_get("expired")?,
-                        time_left: row.try_get("time_left")?,
-                    }),
-                },
-            })
-        };
-        read().map_err(|error| StoreError::with_source(StoreErrorKind::Corrupt, error))
     }
 }
 

@@ -54,8 +54,8 @@ pub(crate) struct TransactionStatements {
     /// As [`claim`](Self::claim), of a record that was never there and that nobody is at work on, which is by far the most
     /// frequent: one row if it is claimed now, else none, and then nothing is known. Costs two thirds. It looks first: who
     /// only looks holds no lock that others would take for work, and an insert would wait for whoever changes the row. In
-    /// a `CASE`, which has an order. Behind a lock of the table: then it waits only for a claim of another guarantee that
-    /// is being committed in this moment.
+    /// a `CASE`, which has an order. Behind a lock of the table: then it waits only for a claim of another guarantee while
+    /// that is committed, and for whoever has locked an index alone.
     pub(super) claim_new: Arc<Statement>,
     /// `$1` id, `$2` owner, `$3` algorithm and `$4` digest of the fingerprint, `$5` retention, `$6` to `$8` the locks.
     /// Claims what is vacant. One row: which lock is [held](held) by somebody else, whether the record is `claimed` now,

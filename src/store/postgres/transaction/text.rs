@@ -115,9 +115,10 @@ fn write_value(text: &mut String, value: &Value) {
     };
 }
 
+/// With a backslash that means itself, whatever `standard_conforming_strings` says.
 fn write_bytes(text: &mut String, bytes: &[u8]) {
     text.reserve(2 * bytes.len() + 20);
-    text.push_str("'\\x");
+    text.push_str("E'\\\\x");
     hex::push(text, bytes);
     text.push('\'');
 }
@@ -134,7 +135,7 @@ mod tests {
             Value::from("it's".to_owned()),
         ];
         let sql = r#"SELECT $2::bigint, $1::bytea, '$1', $3::text FROM "a$1"."b""$2""#;
-        let expected = r#"SELECT (-7)::bigint, '\x00ab'::bytea, '$1', E'it\'s'::text FROM "a$1"."b""$2";"#;
+        let expected = r#"SELECT (-7)::bigint, E'\\x00ab'::bytea, '$1', E'it\'s'::text FROM "a$1"."b""$2";"#;
         assert_eq!(text(&[Say::ask(&Statement::of(sql), values)]), expected);
     }
 
@@ -176,7 +177,7 @@ mod tests {
         ];
         let filling = (5..13).map(|number| Value::from(10 * number));
         let sql = "SELECT $1, $2, $3, $4, $10, $12, '' || $13";
-        let expected = "SELECT ARRAY['\\x01'::bytea,'\\xf203'::bytea,'\\x'::bytea], ARRAY[1, -2], (-3), (-4), (100), \
+        let expected = "SELECT ARRAY[E'\\\\x01'::bytea,E'\\\\xf203'::bytea,E'\\\\x'::bytea], ARRAY[1, -2], (-3), (-4), (100), \
                         (120), '' || ;BEGIN;";
         let flight = [
             Say::ask(&Statement::of(sql), lists.into_iter().chain(filling)),

@@ -1,0 +1,103 @@
+//! What sqlx's rows show, in either format: numbers and bytes as such, or as a text.
+
+use sqlx::{
+    Error, Row, ValueRef,
+    postgres::{PgRow, PgValueFormat},
+};
+
+use super::Looked;
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    store::postgres::record,
+};
+
+impl Looked {
+    pub(super) fn read_all_sqlx(rows: &[PgRow]) -> Result<Vec<Self>, StoreError> {
+        rows.iter().map(Self::read_sqlx).collect()
+    }
+
+    pub(super) fn read_sqlx(row: &PgRow) -> Result<Self, StoreError> {
+        let read = || {
+            let fence: Option<i64> = row.try_get("fence")?;
+            Ok::<_, Error>(Self {
+                held: row.try_get("held")?,
+                claimed: row.try_get("claimed")?,
+                row: match fence {
+                    None => None,
+                    Some(fence) => Some(record::Row {
+                        owner: bytes(row, "owner")?,
+                        fence,
+                        state: row.try_get("state")?,
+                        algorithm: row.try_get("algorithm")?,
+                        fingerprint: bytes(row, "fingerprint")?,
+                        answer: bytes(row, "answer")?,
+                        checksum: row.try_get("checksum")?,
+                        expired: row.try_get("expired")?,
+                        time_left: row.try_get("time_left")?,
+                    }),
+                },
+            })
+        };
+        read().map_err(|error| StoreError::with_source(StoreErrorKind::Corrupt, error))
+    }
+}
+
+/// sqlx reads no text but of one setting.
+fn bytes(row: &PgRow, column: &str) -> Result<Option<Vec<u8>>, Error> {
+    let value = row.try_get_raw(column)?;
+    if value.is_null() {
+        return Ok(None);
+    }
+    let bytes = value.as_bytes().map_err(Error::Decode)?;
+    match value.format() {
+        PgValueFormat::Binary => Ok(Some(bytes.to_vec())),
+        PgValueFormat::Text => match bytes_of(bytes) {
+            Some(bytes) => Ok(Some(bytes)),
+            None => Err(Error::Decode("bytes that are not written as such".into())),
+        },
+    }
+}
+
+/// Bytes as the server writes them in a text, by either of its settings (`bytea_output`). `None` if it is no such text.
+fn bytes_of(text: &[u8]) -> Option<Vec<u8>> {
+    if let Some(digits) = text.strip_prefix(b"\\x") {
+        let digit = |digit: u8| char::from(digit).to_digit(16).map(|digit| digit as u8);
+        let pairs = digits.chunks(2).map(|pair| match *pair {
+            [high, low] => Some(digit(high)? << 4 | digit(low)?),
+            _ => None,
+        });
+        return pairs.collect();
+    }
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let [first, after @ ..] = rest {
+        let (byte, after) = match (first, after) {
+            (b'\\', [b'\\', after @ ..]) => (b'\\', after),
+            (b'\\', [high @ b'0'..=b'3', middle @ b'0'..=b'7', low @ b'0'..=b'7', after @ ..]) => {
+                ((high - b'0') << 6 | (middle - b'0') << 3 | (low - b'0'), after)
+            }
+            (b'\\', _) => return None,
+            _ => (*first, after),
+        };
+        bytes.push(byte);
+        rest = after;
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_read_as_the_server_writes_them_by_either_setting() {
+        let some = |bytes: &[u8]| Some(bytes.to_vec());
+        assert_eq!(bytes_of(b"\\x00abFF"), some(&[0, 0xab, 0xff]));
+        assert_eq!(bytes_of(b"\\x"), some(&[]));
+        assert_eq!(bytes_of(b""), some(&[]));
+        assert_eq!(bytes_of(br"a\\\000\377z"), some(&[b'a', b'\\', 0, 255, b'z']));
+        for none in [&b"\\x0"[..], b"\\x0g", b"\\", b"\\0", b"\\400", b"\\08a"] {
+            assert_eq!(bytes_of(none), None, "{}", none.escape_ascii());
+        }
+    }
+}
