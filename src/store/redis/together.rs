@@ -333,7 +333,7 @@ mod tests {
                         let enough = [2, 7, 50][step as usize % 3];
                         let answer = together.join(step, enough, deadline, &made, double).await;
                         assert_eq!(answer.unwrap(), step * 2);
-                        if step % 5 == 0 {
+                        if step.is_multiple_of(5) {
                             // One that leaves at once, whose turn may be the others'.
                             let mut left = Box::pin(together.join(step, enough, deadline, &made, double));
                             poll_fn(|context| Poll::Ready(left.as_mut().poll(context).is_pending())).await;
