@@ -184,7 +184,10 @@ mod tests {
 
     use std::{
         pin::pin,
-        sync::mpsc::{Sender, channel},
+        sync::{
+            atomic::{AtomicU32, Ordering::Relaxed},
+            mpsc::{Sender, channel},
+        },
     };
 
     use futures_util::future::join_all;
@@ -314,28 +317,36 @@ mod tests {
     }
 
     #[test]
-    fn on_many_threads_each_gets_its_own_answer_and_each_is_made_once() {
+    fn on_many_threads_each_gets_its_own_answer_and_none_is_made_twice() {
         const TASKS: u32 = 64;
         const STEPS: u32 = 200;
+        /// How often each was made: first those that are waited for, then those that are left at once.
+        type Times = Vec<AtomicU32>;
+        async fn count(times: Arc<Times>, steps: Vec<Asked<u32, u32>>) {
+            for Asked { step, told, .. } in steps {
+                times[step as usize].fetch_add(1, Relaxed);
+                let _ = told.send(step * 2);
+            }
+        }
         let runtime = Builder::new_multi_thread()
             .worker_threads(4)
             .enable_all()
             .build()
             .unwrap();
-        let (together, made): (Arc<Doubling>, Arc<Made>) = Default::default();
+        let together: Arc<Doubling> = Arc::default();
+        let times: Arc<Times> = Arc::new((0..2 * TASKS * STEPS).map(|_| AtomicU32::new(0)).collect());
         let tasks: Vec<_> = (0..TASKS)
             .map(|task| {
-                let (together, made) = (Arc::clone(&together), Arc::clone(&made));
+                let (together, times) = (Arc::clone(&together), Arc::clone(&times));
                 runtime.spawn(async move {
-                    for number in 0..STEPS {
-                        let step = task * STEPS + number;
+                    for step in task * STEPS..(task + 1) * STEPS {
                         let deadline = Instant::now() + Duration::from_secs(60);
                         let enough = [2, 7, 50][step as usize % 3];
-                        let answer = together.join(step, enough, deadline, &made, double).await;
-                        assert_eq!(answer.unwrap(), step * 2);
+                        let join = |step| together.join(step, enough, deadline, &times, count);
+                        assert_eq!(join(step).await.unwrap(), step * 2);
                         if step.is_multiple_of(5) {
-                            // One that leaves at once, whose turn may be the others'.
-                            let mut left = Box::pin(together.join(step, enough, deadline, &made, double));
+                            // The turn that it leaves behind may be that of others.
+                            let mut left = Box::pin(join(TASKS * STEPS + step));
                             poll_fn(|context| Poll::Ready(left.as_mut().poll(context).is_pending())).await;
                         }
                     }
@@ -345,8 +356,10 @@ mod tests {
         for task in tasks {
             runtime.block_on(task).unwrap();
         }
-        let made: usize = made.0.lock().unwrap().iter().sum();
-        assert!(made >= (TASKS * STEPS) as usize, "{made}");
+        let times: Vec<_> = times.iter().map(|times| times.load(Relaxed)).collect();
+        let (waited, left) = times.split_at((TASKS * STEPS) as usize);
+        assert!(waited.iter().all(|times| *times == 1));
+        assert!(left.iter().all(|times| *times <= 1));
     }
 
     #[tokio::test(start_paused = true)]

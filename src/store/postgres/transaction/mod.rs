@@ -130,7 +130,8 @@ impl PostgresStore {
     }
 
     /// Takes transactions ([`Guarantee::Transactional`](crate::Guarantee::Transactional)) from this pool, which has to
-    /// lead to the same database: for handlers that work with sqlx, by [`SqlxTransaction`]. All else, such as records of
+    /// lead to the same database, with the same rights on the whole table: for handlers that work with sqlx, by
+    /// [`SqlxTransaction`]. All else, such as records of
     /// routes under another guarantee, is still done on connections of the store's own. Default: transactions are the
     /// store's own, too, by [`PostgresTransaction`].
     ///
