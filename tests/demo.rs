@@ -7,12 +7,13 @@ use std::{
     io::{Read, Write},
     net::TcpStream,
     process::Command,
+    time::Duration,
 };
 
 use http::StatusCode;
 use serde_json::{Value, json};
 use support::{
-    demo::{self, Demo},
+    demo::{self, Demo, ENDLESS},
     http::{Answer, get, post, send},
 };
 
@@ -155,7 +156,7 @@ async fn faults_come_on_demand_and_before_the_effect() {
         "outcome-unknown"
     );
     let padded = pay(&demo, &with("padded", ("x-demo-response-bytes", "5000")), "{}").await;
-    assert!(padded.body.len() >= 5000);
+    assert_eq!(padded.body.len(), 5000, "no more than it has to be");
     assert_eq!(
         pay(&demo, &[("idempotency-key", "padded")], "{}").await.body,
         padded.body
@@ -167,8 +168,20 @@ async fn faults_come_on_demand_and_before_the_effect() {
         (retry.problem(), &retry.json()["original_status"]),
         ("response-not-kept".to_owned(), &json!(201))
     );
-    let nonsense = pay(&demo, &with("nonsense", ("x-demo-delay-ms", "soon")), "{}").await;
-    assert_eq!(nonsense.status, StatusCode::BAD_REQUEST);
+    for (key, fault) in [
+        ("late", ("x-demo-delay-ms", "soon")),
+        ("early", ("x-demo-status", "100")),
+        ("unknown", ("x-demo-status", "1000")),
+    ] {
+        let answer = pay(&demo, &with(key, fault), "{}").await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{fault:?}");
+        assert_eq!(answer.header("content-type"), Some("application/problem+json"));
+    }
+    for status in ["204", "205", "304"] {
+        let bare = pay(&demo, &with(status, ("x-demo-status", status)), "{}").await;
+        assert_eq!((bare.status.as_str(), bare.body.len()), (status, 0));
+        assert!(matches!(bare.header("content-length"), None | Some("0")), "{status}");
+    }
     assert_eq!(demo.effects().await.len(), 3);
 }
 
@@ -282,6 +295,112 @@ async fn a_graceful_stop_finishes_what_outlived_its_client() {
     drop(client);
     assert!(demo.stop().success());
     assert_eq!(std::fs::read_to_string(&file).unwrap().lines().count(), 1);
+}
+
+/// The status of what comes next.
+fn read_status(stream: &mut TcpStream) -> String {
+    let mut line = [0; 12];
+    stream.read_exact(&mut line).unwrap();
+    String::from_utf8_lossy(&line[9..]).into_owned()
+}
+
+#[tokio::test]
+async fn who_writes_all_of_a_large_body_before_reading_learns_why_it_was_refused() {
+    let demo = Demo::start(&[]);
+    let body = vec![b'x'; 8 << 20];
+    let sized = format!("content-length: {}\r\n\r\n", body.len());
+    let chunked = format!("transfer-encoding: chunked\r\n\r\n{:x}\r\n", body.len());
+    for (key, head, end, status) in [
+        ("idempotency-key: k\r\n", &sized, "", "413"),
+        ("idempotency-key: k\r\n", &chunked, "\r\n0\r\n\r\n", "413"),
+        ("", &sized, "", "400"),
+    ] {
+        let mut stream = TcpStream::connect(demo.address()).unwrap();
+        write!(stream, "POST /payments HTTP/1.1\r\nhost: localhost\r\n{key}{head}").unwrap();
+        stream.write_all(&body).expect("it is read to its end");
+        stream.write_all(end.as_bytes()).unwrap();
+        assert_eq!(read_status(&mut stream), status, "{head}");
+    }
+    // Who asks first need not send it.
+    let mut stream = TcpStream::connect(demo.address()).unwrap();
+    let asks = "POST /payments HTTP/1.1\r\nhost: localhost\r\nidempotency-key: k\r\nexpect: 100-continue\r\n";
+    stream.write_all(format!("{asks}{sized}").as_bytes()).unwrap();
+    assert_eq!(read_status(&mut stream), "413");
+    assert!(demo.effects().await.is_empty());
+}
+
+/// Long enough for what is open below; how long exactly is the demo's own affair.
+async fn until_it_ends(demo: Demo) -> std::process::ExitStatus {
+    let stopped = tokio::task::spawn_blocking(|| demo.stop());
+    let stopped = tokio::time::timeout(Duration::from_secs(60), stopped).await;
+    stopped.expect("it ends, whatever is still open").unwrap()
+}
+
+#[tokio::test]
+async fn a_graceful_stop_ends_although_clients_are_still_connected() {
+    let demo = Demo::start(&[]);
+    let open = |request: &str| {
+        let mut client = TcpStream::connect(demo.address()).unwrap();
+        client.write_all(request.as_bytes()).unwrap();
+        client
+    };
+    let head = "POST /payments HTTP/1.1\r\nhost: localhost\r\nidempotency-key: k\r\n";
+    let clients = [
+        open(&format!(
+            "{head}content-length: 2\r\n{}: {}\r\n\r\n{{}}",
+            ENDLESS.0, ENDLESS.1
+        )),
+        open(&format!("{head}content-length: 2\r\n\r\n{{")),
+        open("POST /payments HTTP/1.1\r\n"),
+    ];
+    demo.until_executed(1).await;
+    assert!(until_it_ends(demo).await.success());
+    drop(clients);
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_stop_that_is_asked_for_again_waits_for_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let said = directory.path().join("said");
+    let mut command = Demo::command();
+    command
+        .args(["--store", "memory"])
+        .stderr(std::fs::File::create(&said).unwrap());
+    let demo = Demo::run(command);
+    demo.occupy("/payments", &[("idempotency-key", "k")], "{}").await;
+    // Of another kind: two of one kind may arrive as one.
+    let interrupted = Command::new("kill")
+        .args(["-INT", &demo.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(interrupted.success());
+    assert!(until_it_ends(demo).await.success());
+    let said = std::fs::read_to_string(&said).unwrap();
+    assert!(said.contains("asked for again"), "{said:?}");
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn an_effect_that_cannot_be_written_to_the_file_is_none() {
+    let demo = Demo::start(&["--ledger", "/dev/full"]);
+    let headers = [("idempotency-key", "k")];
+    for _ in 0..2 {
+        // Checkbook keeps successes only, so the second one runs again.
+        let answer = demo.post("/v3/check/digital", &headers, "{}").await;
+        assert_eq!(
+            (answer.status, answer.is_replay()),
+            (StatusCode::INTERNAL_SERVER_ERROR, false)
+        );
+    }
+    assert!(demo.effects().await.is_empty());
+}
+
+#[test]
+fn the_demo_listens_on_a_name_too() {
+    let mut command = Command::new(demo::program());
+    command.args(["--listen", "localhost:0", "--store", "memory"]);
+    drop(Demo::run(command));
 }
 
 #[test]

@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 use support::{
     demo::{Demo, ENDLESS},
     http::{get, post, send},
-    postgres::Postgres,
+    postgres::{Postgres, url},
+    proxy::{Proxy, Weather},
     serve::assert_replay,
 };
 
@@ -73,14 +74,83 @@ async fn a_transfer_that_panics_between_its_halves_moves_nothing_and_runs_again(
 #[tokio::test]
 async fn the_other_routes_keep_their_records_and_their_ledger_in_the_database_too() {
     let server = Postgres::start(&[]);
-    let demo = Demo::start(&["--store", &server.url()]);
+    let start = || Demo::start(&["--store", &server.url()]);
+    let (demo, other) = (start(), start());
     let first = demo.post("/payments", &[(KEY, "k")], r#"{"amount":5}"#).await;
     assert_eq!(first.status, StatusCode::CREATED);
     demo.kill();
     // Another process knows the answer, and the effect.
+    assert_replay(&first, &other.post("/payments", &[(KEY, "k")], r#"{"amount":5}"#).await);
+    other.assert_one_effect(&first).await;
+    // One that starts later shows what was done since then.
+    let later = start();
+    assert!(later.effects().await.is_empty());
+    let second = later.post("/transfers", &[(KEY, "k")], &order(1, 2, 5)).await;
+    later.assert_one_effect(&second).await;
+    let ids: Vec<_> = other
+        .effects()
+        .await
+        .iter()
+        .map(|effect| effect["id"].clone())
+        .collect();
+    assert_eq!(
+        ids,
+        [&second, &first].map(|answer| answer.json()["id"].clone()),
+        "newest first"
+    );
+}
+
+#[tokio::test]
+async fn an_effect_whose_database_is_away_is_answered_as_what_it_is_and_is_in_the_table_later() {
+    let mut server = Postgres::start(&[]);
     let demo = Demo::start(&["--store", &server.url()]);
-    assert_replay(&first, &demo.post("/payments", &[(KEY, "k")], r#"{"amount":5}"#).await);
-    demo.assert_one_effect(&first).await;
+    let headers = [(KEY, "k"), ("x-demo-delay-ms", "1000")];
+    let (answer, ()) = tokio::join!(demo.post("/payments", &headers, "{}"), async {
+        demo.until_executed(1).await;
+        server.kill();
+    });
+    assert_eq!(
+        (answer.status, answer.is_replay()),
+        (StatusCode::CREATED, false),
+        "{answer:?}"
+    );
+    server.restart();
+    assert_replay(&answer, &demo.settled("/payments", &[(KEY, "k")], "{}").await);
+    demo.assert_one_effect(&answer).await;
+    while server.ask::<i64>("SELECT count(*) FROM demo_ledger").await == 0 {
+        tokio::task::yield_now().await;
+    }
+    demo.assert_one_effect(&answer).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_effect_whose_writing_was_not_answered_is_there_once() {
+    let server = Postgres::start(&[]);
+    let proxy = Proxy::before(server.port()).await;
+    let demo = Demo::start(&["--store", &url(proxy.port())]);
+    // Its statements are prepared with that.
+    let before = demo.post("/v3/check/digital", &[(KEY, "before")], "{}").await;
+    assert_eq!(before.status, StatusCode::CREATED);
+    let headers = [(KEY, "k"), ("x-demo-delay-ms", "1000")];
+    let (answer, ()) = tokio::join!(demo.post("/v3/check/digital", &headers, "{}"), async {
+        demo.until_executed(2).await;
+        proxy.make(Weather::LoseAnswer);
+    });
+    assert_eq!(proxy.weather(), Weather::Clear, "an answer was lost");
+    assert_eq!(
+        (answer.status, answer.is_replay()),
+        (StatusCode::CREATED, false),
+        "{answer:?}"
+    );
+    assert_replay(&answer, &demo.settled("/v3/check/digital", &[(KEY, "k")], "{}").await);
+    let ids: Vec<_> = demo.effects().await.iter().map(|effect| effect["id"].clone()).collect();
+    assert_eq!(ids, [&answer, &before].map(|answer| answer.json()["id"].clone()));
+    let counted = "SELECT count(*) FROM demo_ledger";
+    assert_eq!(
+        server.ask::<i64>(counted).await,
+        2,
+        "it was written before its answer was lost"
+    );
 }
 
 #[tokio::test]

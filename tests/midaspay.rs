@@ -253,9 +253,38 @@ async fn two_different_merchants_can_pick_the_same_string_without_conflicting() 
     assert_replay(&midas.order_as(&signed_by("m1"), ORDER).await, &one);
     assert_replay(&midas.order_as(&signed_by("m2"), ORDER).await, &other);
     assert_eq!(midas.count().await, 3);
-    // An id of another type is somebody else's.
-    let of_a_partner = signed_by("m1").replace("MERCHANT_ID", "PARTNER_ID");
-    assert_created(&midas.order_as(&of_a_partner, ORDER).await);
+}
+
+#[tokio::test]
+async fn a_merchant_is_its_auth_id_alone() {
+    let midas = MidasPay::start();
+    let first = midas.order_as(&signed_by("m1"), ORDER).await;
+    assert_created(&first);
+    for same in [
+        signed_by("m1").replace("MERCHANT_ID", "SUB_MERCHANT_ID"),
+        signed_by("m1").replace("auth_id_type=MERCHANT_ID,", ""),
+        "TXGW-SHA256-RSA2048 auth_id=m1".to_owned(),
+    ] {
+        assert_replay(&midas.order_as(&same, ORDER).await, &first);
+    }
+    assert_eq!(midas.count().await, 1);
+}
+
+#[tokio::test]
+async fn an_order_whose_answer_was_not_kept_is_told_its_status() {
+    let midas = MidasPay::start();
+    let padded = midas
+        .post_with(ORDERS, &[("x-demo-response-bytes", "2000000")], ORDER)
+        .await;
+    assert_created(&padded);
+    let again = midas.order(ORDER).await;
+    assert_eq!(
+        (again.status, again.json()["name"].as_str()),
+        (http::StatusCode::CONFLICT, Some("RESPONSE_NOT_KEPT"))
+    );
+    let message = again.json()["message"].to_string();
+    assert!(message.contains("201"), "{message}");
+    assert_eq!(midas.count().await, 1);
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use axum::{
     body::Bytes,
     extract::{MatchedPath, State},
     http::{HeaderMap, StatusCode, Uri},
+    middleware::map_request,
     response::{Html, IntoResponse, Response},
     routing::{get, post},
 };
@@ -21,6 +22,7 @@ use crate::bank;
 use crate::{
     faults::Faults,
     ledger::{Effect, Ledger},
+    linger::linger,
     metrics,
     providers::{PROVIDERS, Provider, problem},
     store::Store,
@@ -67,6 +69,7 @@ pub fn router(
         .route("/", get(async || Html(include_str!("page.html"))))
         .route("/ledger", get(show_ledger))
         .route("/metrics", get(metrics::metrics))
+        .layer(map_request(linger))
         .with_state(App {
             ledger,
             store,
@@ -118,17 +121,18 @@ async fn create(
     } else {
         path.as_str()
     };
-    let effect = Effect::now(id.clone(), route.to_owned(), request);
-    let at = effect.at.clone();
-    if let Err(error) = app.ledger.record(effect).await {
-        return (provider.error)(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            &format!("the ledger cannot be written: {error}"),
-        );
-    }
+    let effect = match app.ledger.record(id, route.to_owned(), request).await {
+        Ok(effect) => effect,
+        Err(error) => {
+            return (provider.error)(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                &format!("the ledger cannot be written: {error}"),
+            );
+        }
+    };
     let created = Answer {
-        id: Some(id),
-        at: Some(at),
+        id: Some(effect.id.clone()),
+        at: Some(effect.at.clone()),
         attempt: Some(attempt.map_or(1, |attempt| attempt.number())),
         ..Answer::default()
     };
@@ -149,11 +153,19 @@ pub struct Answer {
     pub padding: String,
 }
 
-/// An answer that is at least `bytes` long.
+/// An answer that is at least `bytes` long, and no longer than it has to be.
 pub fn answer(status: StatusCode, mut answer: Answer, bytes: usize) -> Response {
-    let length = serde_json::to_vec(&answer).map_or(0, |json| json.len());
-    if length < bytes {
-        answer.padding = "x".repeat(bytes - length);
+    if matches!(
+        status,
+        StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT | StatusCode::NOT_MODIFIED
+    ) {
+        return status.into_response();
+    }
+    let length = |answer: &Answer| serde_json::to_vec(answer).map_or(0, |json| json.len());
+    if length(&answer) < bytes {
+        // With its name.
+        answer.padding = "x".to_owned();
+        answer.padding += &"x".repeat(bytes.saturating_sub(length(&answer)));
     }
     (status, Json(answer)).into_response()
 }

@@ -1,6 +1,10 @@
 //! The command line.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{SocketAddr, ToSocketAddrs},
+    path::PathBuf,
+    time::Duration,
+};
 
 use lexopt::prelude::*;
 
@@ -37,7 +41,8 @@ const STORES: &str =
     "memory, file:PATH, redis://... (with the feature redis), postgres://... (with the feature postgres)";
 
 pub struct Args {
-    pub listen: SocketAddr,
+    /// One of them.
+    pub listen: Vec<SocketAddr>,
     pub store: Store,
     pub retention: Option<Duration>,
     pub ledger: Option<PathBuf>,
@@ -60,7 +65,7 @@ impl Args {
     /// `None` if help was asked for.
     pub fn from_env() -> Result<Option<Self>, lexopt::Error> {
         let mut args = Self {
-            listen: SocketAddr::from(([127, 0, 0, 1], 3000)),
+            listen: vec![SocketAddr::from(([127, 0, 0, 1], 3000))],
             store: Store::Default,
             retention: None,
             ledger: None,
@@ -68,7 +73,7 @@ impl Args {
         let mut parser = lexopt::Parser::from_env();
         while let Some(option) = parser.next()? {
             match option {
-                Long("listen") => args.listen = parser.value()?.parse()?,
+                Long("listen") => args.listen = parser.value()?.parse_with(listen)?,
                 Long("store") => args.store = parser.value()?.parse_with(store)?,
                 Long("retention") => args.retention = Some(parser.value()?.parse_with(retention)?),
                 Long("ledger") => args.ledger = Some(parser.value()?.into()),
@@ -78,6 +83,12 @@ impl Args {
         }
         Ok(Some(args))
     }
+}
+
+/// Of a name, such as `localhost:3000`, all that it stands for.
+fn listen(address: &str) -> Result<Vec<SocketAddr>, String> {
+    let addresses = address.to_socket_addrs().map_err(|error| error.to_string())?;
+    Ok(addresses.collect())
 }
 
 fn retention(text: &str) -> Result<Duration, String> {

@@ -1,6 +1,11 @@
 //! With records in a database the ledger is a table there, and money moves between accounts beside it: what a transfer
 //! writes is committed together with its answer, or not at all.
 
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
 use axum::{
     Json,
     body::Bytes,
@@ -29,14 +34,20 @@ CREATE TABLE IF NOT EXISTS demo_ledger (
     number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     id text NOT NULL, route text NOT NULL, request text NOT NULL, at text NOT NULL
 );
+ALTER TABLE demo_ledger ADD COLUMN IF NOT EXISTS recorded timestamptz NOT NULL DEFAULT clock_timestamp();
+CREATE UNIQUE INDEX IF NOT EXISTS demo_ledger_id ON demo_ledger (id);
 CREATE TABLE IF NOT EXISTS demo_accounts (id bigint PRIMARY KEY, balance bigint NOT NULL CHECK (balance >= 0));
 INSERT INTO demo_accounts SELECT id, 100000 FROM generate_series(1, 10) AS id
     WHERE NOT EXISTS (SELECT FROM demo_accounts);
 COMMIT";
 
-#[derive(Clone)]
+/// How long an effect waits for the table before it is answered.
+const TIMEOUT: Duration = Duration::from_secs(2);
+
 pub struct Bank {
     pool: Pool,
+    /// When this process started, by the database's clock.
+    started: SystemTime,
 }
 
 impl Bank {
@@ -46,26 +57,32 @@ impl Bank {
         let pool = pool.map_err(|error| error.to_string())?;
         let client = pool.get().await.map_err(|error| error.to_string())?;
         client.batch_execute(TABLES).await.map_err(|error| error.to_string())?;
+        let started = client.query_one("SELECT clock_timestamp()", &[]).await;
+        let started = started.map_err(|error| error.to_string())?.get(0);
         drop(client);
-        Ok(Self { pool })
+        Ok(Self { pool, started })
     }
 
-    /// Records an effect in a transaction of its own.
-    pub async fn record(&self, effect: &Effect) -> Result<(), PoolError> {
-        Ok(record(&self.pool.get().await?, effect).await?)
+    /// Records an effect in a transaction of its own. `false` if nobody knows whether it is there; it may be recorded
+    /// again.
+    pub async fn record(&self, effect: &Effect) -> bool {
+        let recorded = tokio::time::timeout(TIMEOUT, async {
+            Ok::<_, PoolError>(record(&self.pool.get().await?, effect).await?)
+        });
+        matches!(recorded.await, Ok(Ok(())))
     }
 
-    /// Newest first.
-    pub async fn effects(&self) -> Result<Vec<Effect>, PoolError> {
-        let sql = "SELECT id, route, request, at FROM demo_ledger ORDER BY number DESC";
-        let rows = self.pool.get().await?.query(sql, &[]).await?;
+    /// Of all nodes since this one started, newest first.
+    pub async fn effects(&self) -> Result<Vec<Arc<Effect>>, PoolError> {
+        let sql = "SELECT id, route, request, at FROM demo_ledger WHERE recorded >= $1 ORDER BY number DESC";
+        let rows = self.pool.get().await?.query(sql, &[&self.started]).await?;
         let effects = rows.into_iter().filter_map(|row| {
-            Some(Effect {
+            Some(Arc::new(Effect {
                 id: row.get("id"),
                 route: row.get("route"),
                 request: RawValue::from_string(row.get("request")).ok()?,
                 at: row.get("at"),
-            })
+            }))
         });
         Ok(effects.collect())
     }
@@ -75,7 +92,10 @@ impl Bank {
             .pool
             .get()
             .await?
-            .query_one("SELECT count(*) FROM demo_ledger", &[])
+            .query_one(
+                "SELECT count(*) FROM demo_ledger WHERE recorded >= $1",
+                &[&self.started],
+            )
             .await?;
         Ok(row.get(0))
     }
@@ -87,7 +107,8 @@ impl Bank {
 }
 
 async fn record(client: &impl GenericClient, effect: &Effect) -> Result<(), Error> {
-    let sql = "INSERT INTO demo_ledger (id, route, request, at) VALUES ($1, $2, $3, $4)";
+    let sql = "INSERT INTO demo_ledger (id, route, request, at) VALUES ($1, $2, $3, $4) \
+               ON CONFLICT (id) DO NOTHING";
     let insert = client.prepare_cached(sql).await?;
     let request = effect.request.get();
     client

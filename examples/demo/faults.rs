@@ -18,7 +18,11 @@ impl Faults {
     pub fn from_headers(headers: &HeaderMap) -> Result<Self, &'static str> {
         Ok(Self {
             delay: parse(headers, "x-demo-delay-ms")?,
-            status: parse(headers, "x-demo-status")?,
+            status: match parse::<StatusCode>(headers, "x-demo-status")? {
+                // No answer to a request, but word that one follows.
+                Some(status) if status.is_informational() => return Err("x-demo-status"),
+                status => status,
+            },
             panic: parse::<u8>(headers, "x-demo-panic")?.is_some_and(|value| value != 0),
             response_bytes: parse(headers, "x-demo-response-bytes")?.unwrap_or(0),
         })

@@ -1,10 +1,12 @@
 //! What really happened: every effect, apart from the idempotency store.
 
+#[cfg(feature = "postgres")]
+use std::{collections::HashSet, time::Duration};
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write},
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::SystemTime,
 };
 
@@ -32,6 +34,7 @@ impl Effect {
 
 #[derive(Default)]
 pub struct Ledger {
+    /// Oldest first. With a database, only what its table does not hold yet.
     effects: Mutex<Vec<Arc<Effect>>>,
     file: Option<Mutex<File>>,
     #[cfg(feature = "postgres")]
@@ -63,52 +66,87 @@ impl Ledger {
         self.bank.as_ref()
     }
 
-    /// Records an effect; when this returns it is in the table and in the file, if there are such.
-    pub async fn record(self: &Arc<Self>, effect: Effect) -> io::Result<()> {
-        #[cfg(feature = "postgres")]
-        if let Some(bank) = &self.bank {
-            bank.record(&effect).await.map_err(io::Error::other)?;
-        }
+    /// Records an effect, which happens with that. An error says that there was none.
+    pub async fn record(
+        self: &Arc<Self>,
+        id: String,
+        route: String,
+        request: Box<RawValue>,
+    ) -> io::Result<Arc<Effect>> {
         let ledger = Arc::clone(self);
-        let append = move || {
-            if let Some(file) = &ledger.file {
-                // A line break in JSON as it was sent is only white space, and this is one line.
-                let line = serde_json::to_string(&effect)?.replace(['\n', '\r'], " ") + "\n";
-                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-                file.write_all(line.as_bytes())?;
-            }
-            let mut effects = ledger.effects.lock().unwrap_or_else(PoisonError::into_inner);
-            effects.push(Arc::new(effect));
-            Ok(())
-        };
-        if self.file.is_none() {
-            return append();
-        }
-        tokio::task::spawn_blocking(append).await?
-    }
-
-    /// Newest first; in a table, those of all nodes and all times.
-    pub async fn effects(&self) -> io::Result<Vec<Arc<Effect>>> {
+        let append = move || ledger.append(id, route, request);
+        let effect = match self.file {
+            None => append(),
+            Some(_) => tokio::task::spawn_blocking(append).await?,
+        }?;
         #[cfg(feature = "postgres")]
         if let Some(bank) = &self.bank {
-            let effects = bank.effects().await.map_err(io::Error::other)?;
-            return Ok(effects.into_iter().map(Arc::new).collect());
+            if !bank.record(&effect).await {
+                self.held().push(Arc::clone(&effect));
+                tokio::spawn(Arc::clone(self).put_off(Arc::clone(&effect)));
+            }
         }
-        Ok(self.in_memory())
+        Ok(effect)
     }
 
-    fn in_memory(&self) -> Vec<Arc<Effect>> {
-        let effects = self.effects.lock().unwrap_or_else(PoisonError::into_inner);
-        effects.iter().rev().cloned().collect()
+    fn append(&self, id: String, route: String, request: Box<RawValue>) -> io::Result<Arc<Effect>> {
+        // Both are locked while the time is taken, so that the order is that of the times.
+        let file = self
+            .file
+            .as_ref()
+            .map(|file| file.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut effects = self.held();
+        let effect = Arc::new(Effect::now(id, route, request));
+        if let Some(mut file) = file {
+            // A line break in JSON as it was sent is only white space, and this is one line.
+            let line = serde_json::to_string(&effect)?.replace(['\n', '\r'], " ") + "\n";
+            file.write_all(line.as_bytes())?;
+        }
+        #[cfg(feature = "postgres")]
+        if self.bank.is_some() {
+            return Ok(effect);
+        }
+        effects.push(Arc::clone(&effect));
+        Ok(effect)
+    }
+
+    /// Writes an effect into the table once that can be reached.
+    #[cfg(feature = "postgres")]
+    async fn put_off(self: Arc<Self>, effect: Arc<Effect>) {
+        let Some(bank) = &self.bank else { return };
+        while !bank.record(&effect).await {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        self.held().retain(|held| held.id != effect.id);
+    }
+
+    fn held(&self) -> MutexGuard<'_, Vec<Arc<Effect>>> {
+        self.effects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Since this process started, newest first; in a table, those of other nodes, too.
+    pub async fn effects(&self) -> io::Result<Vec<Arc<Effect>>> {
+        let effects: Vec<_> = self.held().iter().rev().cloned().collect();
+        #[cfg(feature = "postgres")]
+        if let Some(bank) = &self.bank {
+            let mut all = bank.effects().await.map_err(io::Error::other)?;
+            let ids: HashSet<_> = all.iter().map(|effect| effect.id.clone()).collect();
+            all.extend(effects.into_iter().filter(|effect| !ids.contains(&effect.id)));
+            all.sort_by(|one, other| other.at.cmp(&one.at));
+            return Ok(all);
+        }
+        Ok(effects)
     }
 
     /// How many there are.
     pub async fn count(&self) -> io::Result<u64> {
+        let held = self.held().len() as u64;
         #[cfg(feature = "postgres")]
         if let Some(bank) = &self.bank {
-            return bank.count().await.map(i64::cast_unsigned).map_err(io::Error::other);
+            let there = bank.count().await.map_err(io::Error::other)?;
+            return Ok(held + there.cast_unsigned());
         }
-        Ok(self.effects.lock().unwrap_or_else(PoisonError::into_inner).len() as u64)
+        Ok(held)
     }
 
     /// What all accounts hold together, where there are any.

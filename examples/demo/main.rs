@@ -8,19 +8,26 @@ mod args;
 mod bank;
 mod faults;
 mod ledger;
+mod linger;
 mod metrics;
 mod providers;
 mod store;
 
-use std::{process::ExitCode, sync::Arc, time::Duration};
+use std::{pin::pin, process::ExitCode, sync::Arc, time::Duration};
 
-use tokio::net::TcpListener;
+#[cfg(unix)]
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::{
+    net::TcpListener,
+    sync::Notify,
+    time::{Instant, timeout_at},
+};
 use tower_idempotency::{Drain, IdempotencyLayer};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use crate::{args::Args, ledger::Ledger, store::Store};
 
-/// How long work that outlived its client may take at shutdown.
+/// How long all of what was begun may take at shutdown.
 const DRAIN: Duration = Duration::from_secs(10);
 
 #[tokio::main]
@@ -57,9 +64,9 @@ async fn serve(args: Args) -> Result<(), String> {
     let ledger = Ledger::open(args.ledger.as_deref())
         .map_err(|error| format!("cannot open the ledger {:?}: {error}", args.ledger.unwrap_or_default()))?;
     // Before the store, which is left alone if there is nowhere to listen.
-    let listener = TcpListener::bind(args.listen)
+    let listener = TcpListener::bind(&*args.listen)
         .await
-        .map_err(|error| format!("cannot listen on {}: {error}", args.listen))?;
+        .map_err(|error| format!("cannot listen on {:?}: {error}", args.listen))?;
     let address = listener.local_addr().map_err(|error| error.to_string())?;
     let (store, ledger) = Store::open(args.store, ledger).await?;
     if let Store::File { path, .. } = &store {
@@ -69,39 +76,63 @@ async fn serve(args: Args) -> Result<(), String> {
     let drain = idempotency.drain();
     let app = api::router(Arc::new(ledger), store.clone(), &idempotency, args.retention);
 
-    let stop = stop_signal().map_err(|error| format!("cannot listen to signals: {error}"))?;
+    let mut stop = Stop::listen().map_err(|error| format!("cannot listen to signals: {error}"))?;
     println!("listening on http://{address}");
-    axum::serve(listener, app)
-        .with_graceful_shutdown(stop)
-        .await
-        .map_err(|error| error.to_string())?;
-    finish(&drain).await;
+    let asked = Arc::new(Notify::new());
+    let server = axum::serve(listener, app).with_graceful_shutdown(Arc::clone(&asked).notified_owned());
+    let mut server = pin!(server.into_future());
+    tokio::select! {
+        served = &mut server => return served.map_err(|error| error.to_string()),
+        () = stop.asked() => asked.notify_one(),
+    }
+    tokio::select! {
+        () = finish(server, &drain) => {}
+        () = stop.asked() => eprintln!("demo: stopped at once, as was asked for again"),
+    }
     store.close().await;
     Ok(())
 }
 
-/// Handlers whose clients left are still running: their effects and answers must not be cut.
-async fn finish(drain: &Drain) {
-    if let Err(unfinished) = drain.within(DRAIN).await {
+/// Clients that are connected get their answers, and handlers whose clients left run to their ends: effects and answers
+/// must not be cut. But all of that has its time.
+async fn finish(server: impl Future<Output = std::io::Result<()>>, drain: &Drain) {
+    let deadline = Instant::now() + DRAIN;
+    if timeout_at(deadline, server).await.is_err() {
+        eprintln!("demo: some clients are still connected");
+    }
+    if let Err(unfinished) = drain.within(deadline.saturating_duration_since(Instant::now())).await {
         eprintln!("demo: {unfinished}");
     }
 }
 
-/// Listens from now on, before anybody is told that the server is ready and may ask it to stop.
+/// The signals that ask a server to stop. They are listened to before anybody is told that it is ready, and may ask.
 #[cfg(unix)]
-fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    Ok(async move {
+struct Stop(Signal, Signal);
+
+#[cfg(unix)]
+impl Stop {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self(signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?))
+    }
+
+    async fn asked(&mut self) {
         tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
+            _ = self.0.recv() => {}
+            _ = self.1.recv() => {}
         }
-    })
+    }
 }
 
 #[cfg(not(unix))]
-fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
-    Ok(async { drop(tokio::signal::ctrl_c().await) })
+struct Stop;
+
+#[cfg(not(unix))]
+impl Stop {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self)
+    }
+
+    async fn asked(&mut self) {
+        drop(tokio::signal::ctrl_c().await);
+    }
 }

@@ -28,8 +28,10 @@ impl Profile {
     /// Source: MidasPay's guide "Idempotency". What it leaves open, and how it is closed here:
     /// - *Same business intent*: the same JSON value, whatever the order of members and the white space
     ///   ([`Fingerprinter::canonical_json`]), at the same path.
-    /// - *The merchant*: `auth_id` and `auth_id_type` of `Authorization: TXGW-SHA256-RSA2048 …`; nonce, timestamp and
-    ///   signature count for nothing. Another scheme counts as a whole, and its absence as such.
+    /// - *The merchant*: `auth_id` of `Authorization: TXGW-SHA256-RSA2048 …`; `auth_id_type`, nonce, timestamp and
+    ///   signature count for nothing. Another scheme counts as a whole, and its absence as such. Where two merchants can
+    ///   have the same `auth_id` under different types, set
+    ///   [`scope_authorization`](crate::IdempotencyLayer::scope_authorization) to both.
     /// - *Whether a failed create frees its reference* ("depending on the channel"): it does. To keep every answer, add
     ///   [`store_statuses`](crate::IdempotencyLayer::store_statuses). **A handler must not fail after an effect** as
     ///   long as failures free the reference.
@@ -52,7 +54,7 @@ impl Profile {
                 .key_rule(any_text)
                 .max_key_length(usize::MAX)
                 .require_key()
-                .scope_authorization("TXGW-SHA256-RSA2048", ["auth_id", "auth_id_type"])
+                .scope_authorization("TXGW-SHA256-RSA2048", ["auth_id"])
                 .fingerprint(Fingerprinter::canonical_json())
                 .retention(Retention::Forever)
                 .store_statuses(Statuses::success())

@@ -47,9 +47,13 @@ impl Rejection {
         self
     }
 
+    /// In words, too: not every API's form of an error has a place for it.
     pub(crate) fn with_original_status(mut self, status: StatusCode) -> Self {
         self.original_status = Some(status);
-        self
+        self.with_detail(format!(
+            "the request was processed and answered with the status {}, but its response was not kept",
+            status.as_u16()
+        ))
     }
 
     /// Which rule refused the request.

@@ -86,9 +86,9 @@ pub async fn load(
     answers
 }
 
-/// The handler's: its ledger may have been away, which is an answer as any other.
+/// The handler's.
 fn is_own(answer: &Answer) -> bool {
-    matches!(answer.status, StatusCode::CREATED | StatusCode::INTERNAL_SERVER_ERROR)
+    answer.status == StatusCode::CREATED
 }
 
 /// Each key has one effect, or none and is refused for good; and every answer of a key is the same. Gives how many keys
