@@ -172,6 +172,7 @@ async fn faults_come_on_demand_and_before_the_effect() {
         ("late", ("x-demo-delay-ms", "soon")),
         ("early", ("x-demo-status", "100")),
         ("unknown", ("x-demo-status", "1000")),
+        ("endless", ("x-demo-response-bytes", "1000000000000")),
     ] {
         let answer = pay(&demo, &with(key, fault), "{}").await;
         assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{fault:?}");
@@ -321,9 +322,17 @@ async fn who_writes_all_of_a_large_body_before_reading_learns_why_it_was_refused
         stream.write_all(end.as_bytes()).unwrap();
         assert_eq!(read_status(&mut stream), status, "{head}");
     }
-    // Who asks first need not send it.
+    // Who asked whether to send it, and was told so, as nobody knew how large it would be.
     let mut stream = TcpStream::connect(demo.address()).unwrap();
     let asks = "POST /payments HTTP/1.1\r\nhost: localhost\r\nidempotency-key: k\r\nexpect: 100-continue\r\n";
+    stream.write_all(format!("{asks}{chunked}").as_bytes()).unwrap();
+    assert_eq!(read_status(&mut stream), "100");
+    stream.read_exact(&mut [0; "Continue\r\n\r\n".len() + 1]).unwrap();
+    stream.write_all(&body).expect("it is read to its end");
+    stream.write_all(b"\r\n0\r\n\r\n").unwrap();
+    assert_eq!(read_status(&mut stream), "413");
+    // Who asks first need not send it.
+    let mut stream = TcpStream::connect(demo.address()).unwrap();
     stream.write_all(format!("{asks}{sized}").as_bytes()).unwrap();
     assert_eq!(read_status(&mut stream), "413");
     assert!(demo.effects().await.is_empty());
@@ -336,9 +345,15 @@ async fn until_it_ends(demo: Demo) -> std::process::ExitStatus {
     stopped.expect("it ends, whatever is still open").unwrap()
 }
 
+#[cfg(unix)]
 #[tokio::test]
-async fn a_graceful_stop_ends_although_clients_are_still_connected() {
-    let demo = Demo::start(&[]);
+async fn a_graceful_stop_ends_although_clients_are_still_connected_and_a_file_does_not_take_what_is_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let pipe = directory.path().join("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    // Somebody has it open and never reads.
+    let reader = std::fs::File::options().read(true).write(true).open(&pipe).unwrap();
+    let demo = Demo::start(&["--ledger", pipe.to_str().unwrap()]);
     let open = |request: &str| {
         let mut client = TcpStream::connect(demo.address()).unwrap();
         client.write_all(request.as_bytes()).unwrap();
@@ -353,9 +368,15 @@ async fn a_graceful_stop_ends_although_clients_are_still_connected() {
         open(&format!("{head}content-length: 2\r\n\r\n{{")),
         open("POST /payments HTTP/1.1\r\n"),
     ];
-    demo.until_executed(1).await;
+    let large = format!("{{\"a\":\"{}\"}}", "x".repeat(200_000));
+    tokio::spawn(send(
+        demo.address(),
+        post("/payments", &[("idempotency-key", "written")], large),
+    ));
+    demo.until_executed(2).await;
+    assert!(demo.effects().await.is_empty(), "others are served meanwhile");
     assert!(until_it_ends(demo).await.success());
-    drop(clients);
+    drop((clients, reader));
 }
 
 #[cfg(unix)]

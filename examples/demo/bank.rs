@@ -1,10 +1,7 @@
 //! With records in a database the ledger is a table there, and money moves between accounts beside it: what a transfer
 //! writes is committed together with its answer, or not at all.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json,
@@ -13,9 +10,10 @@ use axum::{
     http::{HeaderMap, StatusCode},
     response::{IntoResponse, Response},
 };
-use deadpool_postgres::{GenericClient, Manager, Pool, PoolError};
+use deadpool_postgres::{Client, GenericClient, Manager, Object, Pool};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use tokio::time::timeout;
 use tokio_postgres::{Error, NoTls};
 use tower_idempotency::{Attempt, PostgresTransaction};
 
@@ -34,20 +32,18 @@ CREATE TABLE IF NOT EXISTS demo_ledger (
     number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     id text NOT NULL, route text NOT NULL, request text NOT NULL, at text NOT NULL
 );
-ALTER TABLE demo_ledger ADD COLUMN IF NOT EXISTS recorded timestamptz NOT NULL DEFAULT clock_timestamp();
-CREATE UNIQUE INDEX IF NOT EXISTS demo_ledger_id ON demo_ledger (id);
 CREATE TABLE IF NOT EXISTS demo_accounts (id bigint PRIMARY KEY, balance bigint NOT NULL CHECK (balance >= 0));
 INSERT INTO demo_accounts SELECT id, 100000 FROM generate_series(1, 10) AS id
     WHERE NOT EXISTS (SELECT FROM demo_accounts);
 COMMIT";
 
-/// How long an effect waits for the table before it is answered.
+/// How long the database may take for an answer.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
 pub struct Bank {
     pool: Pool,
-    /// When this process started, by the database's clock.
-    started: SystemTime,
+    /// The last effect in the table when this process started.
+    started: i64,
 }
 
 impl Bank {
@@ -57,25 +53,39 @@ impl Bank {
         let pool = pool.map_err(|error| error.to_string())?;
         let client = pool.get().await.map_err(|error| error.to_string())?;
         client.batch_execute(TABLES).await.map_err(|error| error.to_string())?;
-        let started = client.query_one("SELECT clock_timestamp()", &[]).await;
-        let started = started.map_err(|error| error.to_string())?.get(0);
+        let last = client
+            .query_one("SELECT coalesce(max(number), 0) FROM demo_ledger", &[])
+            .await;
+        let started = last.map_err(|error| error.to_string())?.get(0);
         drop(client);
         Ok(Self { pool, started })
     }
 
-    /// Records an effect in a transaction of its own. `false` if nobody knows whether it is there; it may be recorded
-    /// again.
-    pub async fn record(&self, effect: &Effect) -> bool {
-        let recorded = tokio::time::timeout(TIMEOUT, async {
-            Ok::<_, PoolError>(record(&self.pool.get().await?, effect).await?)
-        });
-        matches!(recorded.await, Ok(Ok(())))
+    /// A connection that does not answer in time is closed: what was asked may wait there for longer.
+    async fn ask<T>(&self, what: impl AsyncFnOnce(&Client) -> Result<T, Error>) -> Result<T, String> {
+        let late = |_| "the database does not answer".to_owned();
+        let client = timeout(TIMEOUT, self.pool.get()).await.map_err(late)?;
+        let client = client.map_err(|error| error.to_string())?;
+        match timeout(TIMEOUT, what(&client)).await {
+            Ok(answer) => answer.map_err(|error| error.to_string()),
+            Err(elapsed) => {
+                drop(Object::take(client));
+                Err(late(elapsed))
+            }
+        }
+    }
+
+    /// Records an effect in a transaction of its own. After an error it may be there, too.
+    pub async fn record(&self, effect: &Effect) -> Result<(), String> {
+        self.ask(async |client| record(client, effect).await).await
     }
 
     /// Of all nodes since this one started, newest first.
-    pub async fn effects(&self) -> Result<Vec<Arc<Effect>>, PoolError> {
-        let sql = "SELECT id, route, request, at FROM demo_ledger WHERE recorded >= $1 ORDER BY number DESC";
-        let rows = self.pool.get().await?.query(sql, &[&self.started]).await?;
+    pub async fn effects(&self) -> Result<Vec<Arc<Effect>>, String> {
+        let sql = "SELECT id, route, request, at FROM demo_ledger WHERE number > $1 ORDER BY number DESC";
+        let rows = self
+            .ask(async |client| client.query(sql, &[&self.started]).await)
+            .await?;
         let effects = rows.into_iter().filter_map(|row| {
             Some(Arc::new(Effect {
                 id: row.get("id"),
@@ -87,28 +97,22 @@ impl Bank {
         Ok(effects.collect())
     }
 
-    pub async fn count(&self) -> Result<i64, PoolError> {
-        let row = self
-            .pool
-            .get()
-            .await?
-            .query_one(
-                "SELECT count(*) FROM demo_ledger WHERE recorded >= $1",
-                &[&self.started],
-            )
-            .await?;
-        Ok(row.get(0))
+    /// How many of those there are beside these.
+    pub async fn count_beside(&self, ids: &[String]) -> Result<i64, String> {
+        let sql = "SELECT count(*) FROM demo_ledger WHERE number > $1 AND id <> ALL ($2)";
+        self.ask(async |client| Ok(client.query_one(sql, &[&self.started, &ids]).await?.get(0)))
+            .await
     }
 
-    pub async fn money(&self) -> Result<i64, PoolError> {
+    pub async fn money(&self) -> Result<i64, String> {
         let sql = "SELECT coalesce(sum(balance), 0)::bigint FROM demo_accounts";
-        Ok(self.pool.get().await?.query_one(sql, &[]).await?.get(0))
+        self.ask(async |client| Ok(client.query_one(sql, &[]).await?.get(0)))
+            .await
     }
 }
 
 async fn record(client: &impl GenericClient, effect: &Effect) -> Result<(), Error> {
-    let sql = "INSERT INTO demo_ledger (id, route, request, at) VALUES ($1, $2, $3, $4) \
-               ON CONFLICT (id) DO NOTHING";
+    let sql = "INSERT INTO demo_ledger (id, route, request, at) VALUES ($1, $2, $3, $4)";
     let insert = client.prepare_cached(sql).await?;
     let request = effect.request.get();
     client
@@ -240,15 +244,8 @@ pub async fn accounts(State(app): State<App>) -> Response {
     let Some(bank) = app.ledger.bank() else {
         return StatusCode::NOT_FOUND.into_response();
     };
-    let rows = async {
-        let client = bank.pool.get().await?;
-        Ok::<_, PoolError>(
-            client
-                .query("SELECT id, balance FROM demo_accounts ORDER BY id", &[])
-                .await?,
-        )
-    };
-    match rows.await {
+    let sql = "SELECT id, balance FROM demo_accounts ORDER BY id";
+    match bank.ask(async |client| client.query(sql, &[]).await).await {
         Ok(rows) => {
             let accounts: Vec<_> = rows
                 .iter()

@@ -4,6 +4,9 @@ use std::{str::FromStr, time::Duration};
 
 use axum::http::{HeaderMap, StatusCode};
 
+/// Of an answer: it is made in memory.
+const MOST_BYTES: usize = 256 << 20;
+
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Faults {
     delay: Option<u64>,
@@ -24,7 +27,10 @@ impl Faults {
                 status => status,
             },
             panic: parse::<u8>(headers, "x-demo-panic")?.is_some_and(|value| value != 0),
-            response_bytes: parse(headers, "x-demo-response-bytes")?.unwrap_or(0),
+            response_bytes: match parse(headers, "x-demo-response-bytes")? {
+                Some(bytes) if bytes > MOST_BYTES => return Err("x-demo-response-bytes"),
+                bytes => bytes.unwrap_or(0),
+            },
         })
     }
 

@@ -1,7 +1,7 @@
 //! What really happened: every effect, apart from the idempotency store.
 
 #[cfg(feature = "postgres")]
-use std::{collections::HashSet, time::Duration};
+use std::collections::HashSet;
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write},
@@ -34,7 +34,7 @@ impl Effect {
 
 #[derive(Default)]
 pub struct Ledger {
-    /// Oldest first. With a database, only what its table does not hold yet.
+    /// Oldest first. With a database, only what its table is not known to hold.
     effects: Mutex<Vec<Arc<Effect>>>,
     file: Option<Mutex<File>>,
     #[cfg(feature = "postgres")]
@@ -81,43 +81,29 @@ impl Ledger {
         }?;
         #[cfg(feature = "postgres")]
         if let Some(bank) = &self.bank {
-            if !bank.record(&effect).await {
-                self.held().push(Arc::clone(&effect));
-                tokio::spawn(Arc::clone(self).put_off(Arc::clone(&effect)));
+            match bank.record(&effect).await {
+                Ok(()) => self.held().retain(|held| held.id != effect.id),
+                Err(error) => tracing::warn!(error, id = effect.id, "an effect is in this process's memory alone"),
             }
         }
         Ok(effect)
     }
 
     fn append(&self, id: String, route: String, request: Box<RawValue>) -> io::Result<Arc<Effect>> {
-        // Both are locked while the time is taken, so that the order is that of the times.
-        let file = self
-            .file
-            .as_ref()
-            .map(|file| file.lock().unwrap_or_else(PoisonError::into_inner));
-        let mut effects = self.held();
-        let effect = Arc::new(Effect::now(id, route, request));
-        if let Some(mut file) = file {
-            // A line break in JSON as it was sent is only white space, and this is one line.
-            let line = serde_json::to_string(&effect)?.replace(['\n', '\r'], " ") + "\n";
-            file.write_all(line.as_bytes())?;
-        }
-        #[cfg(feature = "postgres")]
-        if self.bank.is_some() {
+        let Some(file) = &self.file else {
+            let mut effects = self.held();
+            let effect = Arc::new(Effect::now(id, route, request));
+            effects.push(Arc::clone(&effect));
             return Ok(effect);
-        }
-        effects.push(Arc::clone(&effect));
+        };
+        // It is locked from before the time is taken, so that the order is that of the times.
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        let effect = Arc::new(Effect::now(id, route, request));
+        // A line break in JSON as it was sent is only white space, and this is one line.
+        let line = serde_json::to_string(&effect)?.replace(['\n', '\r'], " ") + "\n";
+        file.write_all(line.as_bytes())?;
+        self.held().push(Arc::clone(&effect));
         Ok(effect)
-    }
-
-    /// Writes an effect into the table once that can be reached.
-    #[cfg(feature = "postgres")]
-    async fn put_off(self: Arc<Self>, effect: Arc<Effect>) {
-        let Some(bank) = &self.bank else { return };
-        while !bank.record(&effect).await {
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
-        self.held().retain(|held| held.id != effect.id);
     }
 
     fn held(&self) -> MutexGuard<'_, Vec<Arc<Effect>>> {
@@ -126,25 +112,29 @@ impl Ledger {
 
     /// Since this process started, newest first; in a table, those of other nodes, too.
     pub async fn effects(&self) -> io::Result<Vec<Arc<Effect>>> {
-        let effects: Vec<_> = self.held().iter().rev().cloned().collect();
+        let held: Vec<_> = self.held().iter().rev().cloned().collect();
         #[cfg(feature = "postgres")]
         if let Some(bank) = &self.bank {
-            let mut all = bank.effects().await.map_err(io::Error::other)?;
-            let ids: HashSet<_> = all.iter().map(|effect| effect.id.clone()).collect();
-            all.extend(effects.into_iter().filter(|effect| !ids.contains(&effect.id)));
-            all.sort_by(|one, other| other.at.cmp(&one.at));
-            return Ok(all);
+            let mut effects = bank.effects().await.map_err(io::Error::other)?;
+            let ids: HashSet<_> = effects.iter().map(|effect| effect.id.clone()).collect();
+            let count = effects.len();
+            effects.extend(held.into_iter().filter(|effect| !ids.contains(&effect.id)));
+            if effects.len() > count {
+                effects.sort_by(|one, other| other.at.cmp(&one.at));
+            }
+            return Ok(effects);
         }
-        Ok(effects)
+        Ok(held)
     }
 
     /// How many there are.
     pub async fn count(&self) -> io::Result<u64> {
-        let held = self.held().len() as u64;
+        let ids: Vec<_> = self.held().iter().map(|effect| effect.id.clone()).collect();
+        let held = ids.len() as u64;
         #[cfg(feature = "postgres")]
         if let Some(bank) = &self.bank {
-            let there = bank.count().await.map_err(io::Error::other)?;
-            return Ok(held + there.cast_unsigned());
+            let beside = bank.count_beside(&ids).await.map_err(io::Error::other)?;
+            return Ok(held + beside.cast_unsigned());
         }
         Ok(held)
     }

@@ -20,49 +20,55 @@ use tokio::{runtime::Handle, time::timeout};
 /// How long at most, so that nobody keeps a connection by sending for ever.
 const LINGER: Duration = Duration::from_secs(5);
 
-/// To be put before everything else. HTTP/2 has a word of its own for this, and who asks before sending a body is
-/// answered in place of it.
+/// Who sends nothing for so long is done, or waits for the connection to be closed.
+const PAUSE: Duration = Duration::from_millis(300);
+
+/// To be put before everything else. HTTP/2 has a word of its own for this.
 pub async fn linger(request: Request) -> Request {
-    if request.version() > Version::HTTP_11 || request.headers().contains_key(header::EXPECT) {
-        return request;
-    }
-    request.map(|body| match body.is_end_stream() {
+    let asks = request.headers().contains_key(header::EXPECT);
+    let is_new = request.version() > Version::HTTP_11;
+    request.map(|body| match is_new || body.is_end_stream() {
         true => body,
-        false => Body::new(Lingering(body)),
+        false => Body::new(Lingering { body, comes: !asks }),
     })
 }
 
-struct Lingering(Body);
+struct Lingering {
+    body: Body,
+    /// Not yet, if the client asked whether to send it: then the answer may come in place of it.
+    comes: bool,
+}
 
 impl HttpBody for Lingering {
     type Data = Bytes;
     type Error = axum::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let frame = Pin::new(&mut self.0).poll_frame(cx);
+        self.comes = true;
+        let frame = Pin::new(&mut self.body).poll_frame(cx);
         if let Poll::Ready(None | Some(Err(_))) = frame {
-            self.0 = Body::empty();
+            self.body = Body::empty();
         }
         frame
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.is_end_stream()
+        self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.0.size_hint()
+        self.body.size_hint()
     }
 }
 
 impl Drop for Lingering {
     fn drop(&mut self) {
-        let mut rest = mem::take(&mut self.0);
-        if rest.is_end_stream() {
+        let mut rest = mem::take(&mut self.body);
+        if !self.comes || rest.is_end_stream() {
             return;
         }
         if let Ok(runtime) = Handle::try_current() {
-            let read = async move { while let Some(Ok(_)) = rest.frame().await {} };
+            let read = async move { while let Ok(Some(Ok(_))) = timeout(PAUSE, rest.frame()).await {} };
             runtime.spawn(timeout(LINGER, read));
         }
     }

@@ -19,8 +19,9 @@ use std::{pin::pin, process::ExitCode, sync::Arc, time::Duration};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::{
     net::TcpListener,
+    runtime::Runtime,
     sync::Notify,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 use tower_idempotency::{Drain, IdempotencyLayer};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
@@ -30,8 +31,10 @@ use crate::{args::Args, ledger::Ledger, store::Store};
 /// How long all of what was begun may take at shutdown.
 const DRAIN: Duration = Duration::from_secs(10);
 
-#[tokio::main]
-async fn main() -> ExitCode {
+/// And how long the store's last writes.
+const CLOSE: Duration = Duration::from_secs(5);
+
+fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(
             EnvFilter::builder()
@@ -51,7 +54,13 @@ async fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match serve(args).await {
+    let served = Runtime::new().map_err(|error| error.to_string()).and_then(|runtime| {
+        let served = runtime.block_on(serve(args));
+        // What blocks a thread, such as a ledger that nobody reads, is not waited for.
+        runtime.shutdown_background();
+        served
+    });
+    match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("demo: {error}");
@@ -86,22 +95,24 @@ async fn serve(args: Args) -> Result<(), String> {
         () = stop.asked() => asked.notify_one(),
     }
     tokio::select! {
-        () = finish(server, &drain) => {}
+        () = finish(server, &drain, &store) => {}
         () = stop.asked() => eprintln!("demo: stopped at once, as was asked for again"),
     }
-    store.close().await;
     Ok(())
 }
 
 /// Clients that are connected get their answers, and handlers whose clients left run to their ends: effects and answers
 /// must not be cut. But all of that has its time.
-async fn finish(server: impl Future<Output = std::io::Result<()>>, drain: &Drain) {
+async fn finish(server: impl Future<Output = std::io::Result<()>>, drain: &Drain, store: &Store) {
     let deadline = Instant::now() + DRAIN;
     if timeout_at(deadline, server).await.is_err() {
         eprintln!("demo: some clients are still connected");
     }
     if let Err(unfinished) = drain.within(deadline.saturating_duration_since(Instant::now())).await {
         eprintln!("demo: {unfinished}");
+    }
+    if timeout(CLOSE, store.close()).await.is_err() {
+        eprintln!("demo: the store is not closed yet; that loses nothing");
     }
 }
 
