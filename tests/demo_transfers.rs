@@ -149,6 +149,27 @@ async fn an_effect_whose_writing_was_not_answered_is_there_once() {
     assert_eq!(counted(&demo).await, "2");
 }
 
+#[tokio::test]
+async fn who_leaves_while_the_ledger_is_locked_holds_up_nobody_and_its_effect_is_not_lost() {
+    let server = Postgres::start(&[]);
+    let demo = Demo::start(&["--store", &server.url()]);
+    let locker = server.client().await;
+    let lock = "BEGIN; LOCK TABLE demo_ledger IN ACCESS EXCLUSIVE MODE";
+    locker.batch_execute(lock).await.unwrap();
+    // It carries no key, so its handler ends with it.
+    let client = tokio::spawn(send(demo.address(), post("/v3/check/digital", &[], "{}")));
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+    while server.ask::<i64>(waiting).await == 0 && !client.is_finished() {
+        tokio::task::yield_now().await;
+    }
+    client.abort();
+    assert!(client.await.is_err(), "it left");
+    assert_eq!(accounts(&demo).await["sum"], json!(1_000_000));
+    locker.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(demo.effects().await.len(), 1);
+    assert_eq!(counted(&demo).await, "1");
+}
+
 /// How many effects the metrics tell of.
 async fn counted(demo: &Demo) -> String {
     let metrics = get(demo.address(), "/metrics").await;

@@ -242,7 +242,8 @@ async fn a_transfer_is_seen_to_move_money_once_and_the_sum_stays(page: &Page<'_>
 #[cfg(feature = "postgres")]
 async fn a_transfer_that_panics_between_its_halves_is_seen_to_move_nothing(page: &Page<'_>) {
     let before = page.accounts(SUM).await;
-    let effects = page.effects(1).await;
+    // Those before the server was started are not shown.
+    page.effects(0).await;
     page.browser.click("#route option[value='/transfers']").await;
     page.browser.click("#panic").await;
     page.click_and_see("#send").await.must_be("no-answer", None);
@@ -254,11 +255,11 @@ async fn a_transfer_that_panics_between_its_halves_is_seen_to_move_nothing(page:
             &[],
         )
         .await;
-    assert_eq!(page.effects(1).await, effects);
+    page.effects(0).await;
     assert_eq!(page.accounts(SUM).await, before);
     let again = page.click_and_see("#send-again").await;
     again.must_be("first", 201);
-    page.effects(2).await;
+    page.effects(1).await;
     assert_eq!(page.accounts(SUM).await[..2], ["−25 99,950", "+25 100,050"]);
 }
 

@@ -13,7 +13,7 @@ use axum::{
 use deadpool_postgres::{Client, GenericClient, Manager, Object, Pool};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use tokio::time::timeout;
+use tokio::{runtime::Handle, time::timeout};
 use tokio_postgres::{Error, NoTls};
 use tower_idempotency::{Attempt, PostgresTransaction};
 
@@ -40,6 +40,9 @@ COMMIT";
 /// How long the database may take for an answer.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
+/// And until the tables are there.
+const TO_START: Duration = Duration::from_secs(20);
+
 pub struct Bank {
     pool: Pool,
     /// The last effect in the table when this process started.
@@ -51,28 +54,27 @@ impl Bank {
         let config = url.parse().map_err(|error: Error| error.to_string())?;
         let pool = Pool::builder(Manager::new(config, NoTls)).build();
         let pool = pool.map_err(|error| error.to_string())?;
-        let client = pool.get().await.map_err(|error| error.to_string())?;
-        client.batch_execute(TABLES).await.map_err(|error| error.to_string())?;
-        let last = client
-            .query_one("SELECT coalesce(max(number), 0) FROM demo_ledger", &[])
-            .await;
-        let started = last.map_err(|error| error.to_string())?.get(0);
-        drop(client);
+        let open = async {
+            let client = pool.get().await.map_err(|error| error.to_string())?;
+            client.batch_execute(TABLES).await.map_err(|error| error.to_string())?;
+            let last = client.query_one("SELECT coalesce(max(number), 0) FROM demo_ledger", &[]);
+            Ok::<_, String>(last.await.map_err(|error| error.to_string())?.get(0))
+        };
+        let started = timeout(TO_START, open).await;
+        let started = started.map_err(|_| "the demo's tables do not answer; are they locked?")??;
         Ok(Self { pool, started })
     }
 
-    /// A connection that does not answer in time is closed: what was asked may wait there for longer.
     async fn ask<T>(&self, what: impl AsyncFnOnce(&Client) -> Result<T, Error>) -> Result<T, String> {
         let late = |_| "the database does not answer".to_owned();
         let client = timeout(TIMEOUT, self.pool.get()).await.map_err(late)?;
-        let client = client.map_err(|error| error.to_string())?;
-        match timeout(TIMEOUT, what(&client)).await {
-            Ok(answer) => answer.map_err(|error| error.to_string()),
-            Err(elapsed) => {
-                drop(Object::take(client));
-                Err(late(elapsed))
-            }
-        }
+        let mut asked = Asked(Some(client.map_err(|error| error.to_string())?));
+        let Asked(Some(client)) = &asked else {
+            return Err("it is there".to_owned());
+        };
+        let answer = timeout(TIMEOUT, what(client)).await.map_err(late)?;
+        drop(asked.0.take());
+        answer.map_err(|error| error.to_string())
     }
 
     /// Records an effect in a transaction of its own. After an error it may be there, too.
@@ -108,6 +110,20 @@ impl Bank {
         let sql = "SELECT coalesce(sum(balance), 0)::bigint FROM demo_accounts";
         self.ask(async |client| Ok(client.query_one(sql, &[]).await?.get(0)))
             .await
+    }
+}
+
+/// A connection that was asked something. Dropped before the answer, it is closed, and what was asked is cancelled: it
+/// would wait there for as long as it has to, and others behind it.
+struct Asked(Option<Client>);
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        if let (Some(client), Ok(runtime)) = (self.0.take(), Handle::try_current()) {
+            let cancel = client.cancel_token();
+            drop(Object::take(client));
+            runtime.spawn(async move { timeout(TIMEOUT, cancel.cancel_query(NoTls)).await });
+        }
     }
 }
 

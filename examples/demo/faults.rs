@@ -5,7 +5,7 @@ use std::{str::FromStr, time::Duration};
 use axum::http::{HeaderMap, StatusCode};
 
 /// Of an answer: it is made in memory.
-const MOST_BYTES: usize = 256 << 20;
+const MOST_BYTES: usize = 64 << 20;
 
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Faults {

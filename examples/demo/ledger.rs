@@ -32,11 +32,36 @@ impl Effect {
     }
 }
 
+struct Lines {
+    file: File,
+    /// The last line was not written to its end.
+    is_torn: bool,
+}
+
+impl Lines {
+    fn append(&mut self, line: &str) -> io::Result<()> {
+        // A line break in JSON as it was sent is only white space, and this is one line.
+        let start = if self.is_torn { "\n" } else { "" };
+        let line = start.to_owned() + &line.replace(['\n', '\r'], " ") + "\n";
+        let mut rest = line.as_bytes();
+        while !rest.is_empty() {
+            match self.file.write(rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => rest = &rest[written..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            }
+            self.is_torn = !rest.is_empty();
+        }
+        Ok(())
+    }
+}
+
 #[derive(Default)]
 pub struct Ledger {
     /// Oldest first. With a database, only what its table is not known to hold.
     effects: Mutex<Vec<Arc<Effect>>>,
-    file: Option<Mutex<File>>,
+    file: Option<Mutex<Lines>>,
     #[cfg(feature = "postgres")]
     bank: Option<Bank>,
 }
@@ -47,7 +72,7 @@ impl Ledger {
             .map(|path| OpenOptions::new().create(true).append(true).open(path))
             .transpose()?;
         Ok(Self {
-            file: file.map(Mutex::new),
+            file: file.map(|file| Mutex::new(Lines { file, is_torn: false })),
             ..Self::default()
         })
     }
@@ -66,14 +91,19 @@ impl Ledger {
         self.bank.as_ref()
     }
 
-    /// Records an effect, which happens with that. An error says that there was none.
+    /// Records an effect, which happens with that. An error says that there was none. In a task of its own: whoever asks
+    /// for it may leave, and it is in all places all the same.
     pub async fn record(
         self: &Arc<Self>,
         id: String,
         route: String,
         request: Box<RawValue>,
     ) -> io::Result<Arc<Effect>> {
-        let ledger = Arc::clone(self);
+        tokio::spawn(Arc::clone(self).keep(id, route, request)).await?
+    }
+
+    async fn keep(self: Arc<Self>, id: String, route: String, request: Box<RawValue>) -> io::Result<Arc<Effect>> {
+        let ledger = Arc::clone(&self);
         let append = move || ledger.append(id, route, request);
         let effect = match self.file {
             None => append(),
@@ -99,9 +129,7 @@ impl Ledger {
         // It is locked from before the time is taken, so that the order is that of the times.
         let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         let effect = Arc::new(Effect::now(id, route, request));
-        // A line break in JSON as it was sent is only white space, and this is one line.
-        let line = serde_json::to_string(&effect)?.replace(['\n', '\r'], " ") + "\n";
-        file.write_all(line.as_bytes())?;
+        file.append(&serde_json::to_string(&effect)?)?;
         self.held().push(Arc::clone(&effect));
         Ok(effect)
     }

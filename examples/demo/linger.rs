@@ -21,7 +21,7 @@ use tokio::{runtime::Handle, time::timeout};
 const LINGER: Duration = Duration::from_secs(5);
 
 /// Who sends nothing for so long is done, or waits for the connection to be closed.
-const PAUSE: Duration = Duration::from_millis(300);
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// To be put before everything else. HTTP/2 has a word of its own for this.
 pub async fn linger(request: Request) -> Request {
