@@ -145,14 +145,22 @@ async fn a_replay_costs_a_node_that_has_seen_it_completed_the_fewest_flights() {
 #[tokio::test]
 async fn however_the_server_writes_bytes_and_reads_backslashes_a_request_runs_and_is_replayed() {
     let settings = [("bytea_output", "escape"), ("standard_conforming_strings", "off")];
-    for prepared in [true, false] {
-        let bank = Bank::of(Library::Sqlx).await;
+    for (library, prepared) in BOTH.into_iter().flat_map(|library| [(library, true), (library, false)]) {
+        let bank = Bank::of(library).await;
         let options: PgConnectOptions = bank.url().parse().unwrap();
         let pool = PgPoolOptions::new().connect_lazy_with(options.options(settings));
+        let options = settings
+            .map(|(name, value)| format!("-c%20{name}%3D{value}"))
+            .join("%20");
+        let url = format!("{}?options={options}", bank.url());
         let node = async || {
             let builder = PostgresStore::builder().timeout(PATIENCE).prepared_statements(prepared);
-            let store = builder.connect_pool(postgres::pool(&bank.url(), 1)).await.unwrap();
-            let layer = IdempotencyLayer::new(store.with_sqlx(pool.clone()));
+            let store = builder.connect_pool(postgres::pool(&url, 1)).await.unwrap();
+            let store = match library {
+                Library::TokioPostgres => store,
+                Library::Sqlx => store.with_sqlx(pool.clone()),
+            };
+            let layer = IdempotencyLayer::new(store);
             bank::app(&bank.control, layer.guarantee(Guarantee::Transactional))
         };
         let (node, elsewhere) = (node().await, node().await);
@@ -160,7 +168,11 @@ async fn however_the_server_writes_bytes_and_reads_backslashes_a_request_runs_an
         for number in 0..20 {
             let key = format!("k{number}");
             let first = call(&node, order(&key, 5, "")).await;
-            assert_eq!(first.status, StatusCode::CREATED, "{prepared} {key} {first:?}");
+            assert_eq!(
+                first.status,
+                StatusCode::CREATED,
+                "{library:?} {prepared} {key} {first:?}"
+            );
             for node in [&node, &elsewhere, &elsewhere] {
                 assert_replay(&first, &call(node, order(&key, 5, "")).await);
             }
@@ -171,25 +183,30 @@ async fn however_the_server_writes_bytes_and_reads_backslashes_a_request_runs_an
 
 #[tokio::test]
 async fn a_session_that_has_forgotten_what_it_was_told_is_told_again_and_the_request_runs() {
-    let bank = Bank::of(Library::Sqlx).await;
-    let (node, only, proxy) = node_behind(&bank, Library::Sqlx, 2 * PATIENCE).await;
-    let flights = async |key: &str| {
-        only.until_idle().await;
-        let before = proxy.flights();
-        assert_eq!(call(&node, order(key, 5, "")).await.status, StatusCode::CREATED);
-        only.until_idle().await;
-        proxy.flights() - before
-    };
-    flights("before").await;
-    let few = flights("told").await;
-    let forget = "DO $$ DECLARE one text; BEGIN \
-                  FOR one IN SELECT name FROM pg_prepared_statements WHERE name LIKE 'tower_idempotency%' \
-                  LOOP EXECUTE 'DEALLOCATE ' || one; END LOOP; END $$";
-    only.say(forget).await;
-    let more = flights("forgotten").await;
-    assert!(more > few, "{more} where it has to be told, {few} where it was");
-    assert_eq!(flights("again").await, few);
-    assert_eq!(bank.books().await, (5, MONEY));
+    for library in BOTH {
+        let bank = Bank::of(library).await;
+        let (node, only, proxy) = node_behind(&bank, library, 2 * PATIENCE).await;
+        let flights = async |key: &str| {
+            only.until_idle().await;
+            let before = proxy.flights();
+            assert_eq!(call(&node, order(key, 5, "")).await.status, StatusCode::CREATED);
+            only.until_idle().await;
+            proxy.flights() - before
+        };
+        flights("before").await;
+        let few = flights("told").await;
+        let forget = "DO $$ DECLARE one text; BEGIN \
+                      FOR one IN SELECT name FROM pg_prepared_statements WHERE name LIKE 'tower_idempotency%' \
+                      LOOP EXECUTE 'DEALLOCATE ' || one; END LOOP; END $$";
+        only.say(forget).await;
+        let more = flights("forgotten").await;
+        assert!(
+            more > few,
+            "{library:?}: {more} where it has to be told, {few} where it was"
+        );
+        assert_eq!(flights("again").await, few, "{library:?}");
+        assert_eq!(bank.books().await, (5, MONEY));
+    }
 }
 
 #[tokio::test]

@@ -12,15 +12,16 @@ use std::{
 use deadpool_postgres::{Client, Object, Pool};
 use http::Extensions;
 use tokio_postgres::{
-    Error, Row,
+    Error, Row, SimpleQueryMessage,
     error::{DbError, Severity},
     types::ToSql,
 };
 
 use super::{
-    BEGIN_TO_LOOK, Connection, Looked, Source,
+    BEGIN_TO_LOOK, Connection, Looked, NAMES, NOT_PREPARED, Source,
     say::{Failure, Say, Statement},
     statements::SAVEPOINT,
+    text::{text, text_of_names, text_to_prepare},
 };
 use crate::{
     error::{StoreError, StoreErrorKind},
@@ -53,7 +54,12 @@ impl Drop for Open {
 impl Source for ClientSource {
     type Connection = Open;
 
-    async fn begin(&self, flight: Vec<Say>, later: &[&Arc<Statement>]) -> Result<(Open, Vec<Looked>), Failure> {
+    async fn begin(
+        &self,
+        flight: Vec<Say>,
+        named: &[&Arc<Statement>],
+        later: &[&Arc<Statement>],
+    ) -> Result<(Open, Vec<Looked>), Failure> {
         let open = self.open().await?;
         // Before the transaction: in one that has failed nothing can be prepared any more.
         for statement in later {
@@ -64,19 +70,21 @@ impl Source for ClientSource {
             .chain(flight)
             .chain([Say::Plain(SAVEPOINT)])
             .collect();
-        let rows = match open.say(&flight).await {
-            Ok(rows) => rows,
-            Err(failure) => {
-                // The connection is well, and its statements are prepared. After other failures it is closed: it may
-                // lead to a replica, or have plans that do not fit any more.
-                let is_well = |code: &String| code.starts_with("40") || code == "55P03";
-                if failure.code.as_ref().is_some_and(is_well) && !failure.fatal {
-                    let _ = open.end(vec![Say::Plain("ROLLBACK")]).await;
+        if self.prepared && open.may_know_names() {
+            match open.look_by_text(&text_of_names(&flight)).await {
+                Err(failure) if failure.code.as_deref() == Some(NOT_PREPARED) => {
+                    open.say(&[Say::Plain("ROLLBACK")]).await?;
                 }
-                return Err(failure);
+                looked => return open.begun(looked).await,
             }
-        };
-        Ok((open, Looked::read_all(&rows)?))
+        }
+        let looked = open.look_by_text(&text(&flight)).await;
+        let (open, looked) = open.begun(looked).await?;
+        if self.prepared {
+            let told = open.tell_names(named).await;
+            return open.begun(told.map(|()| looked)).await;
+        }
+        Ok((open, looked))
     }
 
     async fn lock_and_look(&self, lock: Say, look: Say) -> Result<(bool, Looked), Failure> {
@@ -151,6 +159,55 @@ impl Open {
         self.client
             .as_ref()
             .ok_or_else(|| StoreError::new(StoreErrorKind::Unavailable).into())
+    }
+
+    /// The transaction has begun, or something failed: then it is undone before anybody is told, since the next attempt may
+    /// come at once, and the connection is given back if it is well, and its statements are prepared. After other failures
+    /// it is closed: it may lead to a replica, or have plans that do not fit any more.
+    async fn begun<T>(self, said: Result<T, Failure>) -> Result<(Self, T), Failure> {
+        match said {
+            Ok(said) => Ok((self, said)),
+            Err(failure) => {
+                let is_well = |code: &String| code.starts_with("40") || code == "55P03";
+                match &failure.code {
+                    Some(_) if failure.fatal => {}
+                    Some(code) if is_well(code) => drop(self.end(vec![Say::Plain("ROLLBACK")]).await),
+                    Some(_) => drop(self.say(&[Say::Plain("ROLLBACK")]).await),
+                    None => {}
+                }
+                Err(failure)
+            }
+        }
+    }
+
+    /// A session that was opened just now was told of none.
+    fn may_know_names(&self) -> bool {
+        let recycled = |client| Object::metrics(client).recycle_count > 0;
+        self.client.as_ref().is_some_and(recycled)
+    }
+
+    /// One message, which the server answers with one: each that it answers costs it a twentieth of a short transaction.
+    async fn look_by_text(&self, text: &str) -> Result<Vec<Looked>, Failure> {
+        let said = self.client()?.simple_query(text).await?;
+        let rows = said.iter().filter_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(Looked::read_text(row)),
+            _ => None,
+        });
+        Ok(rows.collect::<Result<_, _>>()?)
+    }
+
+    /// For whoever has this session next. Behind a claim: then the table is locked, and nothing here waits.
+    async fn tell_names(&self, named: &[&Arc<Statement>]) -> Result<(), Failure> {
+        let client = self.client()?;
+        let there = client
+            .simple_query(NAMES)
+            .await?
+            .into_iter()
+            .filter_map(|message| match message {
+                SimpleQueryMessage::Row(name) => name.try_get(0).ok()?.map(str::to_owned),
+                _ => None,
+            });
+        Ok(client.batch_execute(&text_to_prepare(named, there.collect())).await?)
     }
 
     async fn prepare(&self, sql: &str) -> Result<(), Failure> {

@@ -4,7 +4,6 @@ mod client;
 mod ends;
 mod looked;
 mod open;
-#[cfg(feature = "sqlx")]
 mod rows;
 mod say;
 #[cfg(feature = "sqlx")]
@@ -12,7 +11,6 @@ mod sqlx;
 mod statements;
 #[cfg(test)]
 mod tests;
-#[cfg(feature = "sqlx")]
 mod text;
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -84,11 +82,12 @@ use extractor;
 pub(super) trait Source: Send + Sync + 'static {
     type Connection: Connection;
 
-    /// Begins, says this, and sets the savepoint: what the rows showed, which are those of the claims. What is said `later`
-    /// may be prepared.
+    /// Begins, says this, and sets the savepoint: what the rows showed, which are those of the claims. What is said with
+    /// values is among the `named`, and what is said `later` may be prepared.
     fn begin(
         &self,
         flight: Vec<Say>,
+        named: &[&Arc<Statement>],
         later: &[&Arc<Statement>],
     ) -> impl Future<Output = Result<(Self::Connection, Vec<Looked>), Failure>> + Send;
 
@@ -113,6 +112,12 @@ pub(super) trait Connection: Send + Sized + 'static {
 
     fn lend(slot: &Slot<Self>, extensions: &mut Extensions);
 }
+
+/// There is no statement of that name in this session.
+const NOT_PREPARED: &str = "26000";
+
+/// Of the statements that this session was told of.
+const NAMES: &str = "SELECT name FROM pg_prepared_statements";
 
 /// READ COMMITTED whatever the connection has: what a look sees must not be older than the lock before it. READ WRITE,
 /// which no replica grants: it would have locks of its own, and may not know yet what was committed.
@@ -252,16 +257,19 @@ impl<S: Source> TableTransactions<S> {
             let owner = claim.owner.as_bytes().into();
             Say::ask(&self.statements.has_all, [Value::BytesList(ids), owner])
         });
+        let named = self.statements.to_begin();
         let mut later = vec![&self.statements.complete, &self.statements.check];
         let begun = match others {
             [] if !self.hints.has(id) => {
                 let claim = claiming(&self.statements.claim_new, &(*id, claim.fingerprint));
                 let lock = Say::ask(&self.statements.lock_table, []);
-                match self.source.begin(vec![lock, claim.clone()], &later).await {
+                match self.source.begin(vec![lock, claim.clone()], &named, &later).await {
                     Err(failure) if failure.code.as_deref() == Some(LOCK_NOT_AVAILABLE) => {
                         let lock = Say::ask(&self.statements.await_table, []);
                         let unbound = Say::ask(&self.statements.unbound, []);
-                        self.source.begin(vec![bound(), lock, unbound, claim], &later).await
+                        self.source
+                            .begin(vec![bound(), lock, unbound, claim], &named, &later)
+                            .await
                     }
                     begun => begun,
                 }
@@ -274,7 +282,7 @@ impl<S: Source> TableTransactions<S> {
                     flight.push(has_all.clone());
                     later.push(&self.statements.complete_others);
                 }
-                self.source.begin(flight, &later).await
+                self.source.begin(flight, &named, &later).await
             }
         };
         let (connection, mut looked) = begun?;

@@ -1,60 +1,128 @@
-//! What sqlx's rows show, in either format: numbers and bytes as such, or as a text.
+//! What rows show that come as texts, and sqlx's, which come in either format.
 
-use sqlx::{
-    Error, Row, ValueRef,
-    postgres::{PgRow, PgValueFormat},
-};
+use std::str::FromStr;
+
+use tokio_postgres::SimpleQueryRow;
 
 use super::Looked;
 use crate::{
     error::{StoreError, StoreErrorKind},
-    store::postgres::record,
+    store::postgres::{failure, record},
 };
 
 impl Looked {
-    pub(super) fn read_all_sqlx(rows: &[PgRow]) -> Result<Vec<Self>, StoreError> {
-        rows.iter().map(Self::read_sqlx).collect()
-    }
-
-    pub(super) fn read_sqlx(row: &PgRow) -> Result<Self, StoreError> {
-        let read = || {
-            let fence: Option<i64> = row.try_get("fence")?;
-            Ok::<_, Error>(Self {
-                held: row.try_get("held")?,
-                claimed: row.try_get("claimed")?,
-                row: match fence {
-                    None => None,
-                    Some(fence) => Some(record::Row {
-                        owner: bytes(row, "owner")?,
-                        fence,
-                        state: row.try_get("state")?,
-                        algorithm: row.try_get("algorithm")?,
-                        fingerprint: bytes(row, "fingerprint")?,
-                        answer: bytes(row, "answer")?,
-                        checksum: row.try_get("checksum")?,
-                        expired: row.try_get("expired")?,
-                        time_left: row.try_get("time_left")?,
-                    }),
-                },
-            })
-        };
-        read().map_err(|error| StoreError::with_source(StoreErrorKind::Corrupt, error))
+    pub(super) fn read_text(row: &SimpleQueryRow) -> Result<Self, StoreError> {
+        let cell = |column: &str| row.try_get(column).map_err(failure::classify);
+        Ok(Self {
+            held: parsed(cell("held")?)?.ok_or_else(no_such_text)?,
+            claimed: flag(cell("claimed")?)?.ok_or_else(no_such_text)?,
+            row: match parsed(cell("fence")?)? {
+                None => None,
+                Some(fence) => Some(record::Row {
+                    owner: decoded(cell("owner")?)?,
+                    fence,
+                    state: cell("state")?.and_then(letter),
+                    algorithm: parsed(cell("algorithm")?)?,
+                    fingerprint: decoded(cell("fingerprint")?)?,
+                    answer: decoded(cell("answer")?)?,
+                    checksum: parsed(cell("checksum")?)?,
+                    expired: flag(cell("expired")?)?,
+                    time_left: parsed(cell("time_left")?)?,
+                }),
+            },
+        })
     }
 }
 
-/// sqlx reads no text but of one setting.
-fn bytes(row: &PgRow, column: &str) -> Result<Option<Vec<u8>>, Error> {
-    let value = row.try_get_raw(column)?;
-    if value.is_null() {
-        return Ok(None);
+fn parsed<T: FromStr>(text: Option<&str>) -> Result<Option<T>, StoreError> {
+    let parse = |text: &str| text.parse().map_err(|_| no_such_text());
+    text.map(parse).transpose()
+}
+
+fn flag(text: Option<&str>) -> Result<Option<bool>, StoreError> {
+    match text {
+        None => Ok(None),
+        Some("t") => Ok(Some(true)),
+        Some("f") => Ok(Some(false)),
+        Some(_) => Err(no_such_text()),
     }
-    let bytes = value.as_bytes().map_err(Error::Decode)?;
-    match value.format() {
-        PgValueFormat::Binary => Ok(Some(bytes.to_vec())),
-        PgValueFormat::Text => match bytes_of(bytes) {
-            Some(bytes) => Ok(Some(bytes)),
-            None => Err(Error::Decode("bytes that are not written as such".into())),
-        },
+}
+
+/// Of the type `"char"`, which is one byte.
+fn letter(text: &str) -> Option<i8> {
+    text.bytes().next().map(u8::cast_signed)
+}
+
+fn decoded(text: Option<&str>) -> Result<Option<Vec<u8>>, StoreError> {
+    let decode = |text: &str| bytes_of(text.as_bytes()).ok_or_else(no_such_text);
+    text.map(decode).transpose()
+}
+
+fn no_such_text() -> StoreError {
+    StoreError::with_source(
+        StoreErrorKind::Corrupt,
+        "a value that is not written as one of its type",
+    )
+}
+
+#[cfg(feature = "sqlx")]
+mod of_sqlx {
+    use sqlx::{
+        Error, Row, ValueRef,
+        postgres::{PgRow, PgValueFormat},
+    };
+
+    use super::{Looked, bytes_of};
+    use crate::{
+        error::{StoreError, StoreErrorKind},
+        store::postgres::record,
+    };
+
+    impl Looked {
+        pub(in super::super) fn read_all_sqlx(rows: &[PgRow]) -> Result<Vec<Self>, StoreError> {
+            rows.iter().map(Self::read_sqlx).collect()
+        }
+
+        pub(in super::super) fn read_sqlx(row: &PgRow) -> Result<Self, StoreError> {
+            let read = || {
+                let fence: Option<i64> = row.try_get("fence")?;
+                Ok::<_, Error>(Self {
+                    held: row.try_get("held")?,
+                    claimed: row.try_get("claimed")?,
+                    row: match fence {
+                        None => None,
+                        Some(fence) => Some(record::Row {
+                            owner: bytes(row, "owner")?,
+                            fence,
+                            state: row.try_get("state")?,
+                            algorithm: row.try_get("algorithm")?,
+                            fingerprint: bytes(row, "fingerprint")?,
+                            answer: bytes(row, "answer")?,
+                            checksum: row.try_get("checksum")?,
+                            expired: row.try_get("expired")?,
+                            time_left: row.try_get("time_left")?,
+                        }),
+                    },
+                })
+            };
+            read().map_err(|error| StoreError::with_source(StoreErrorKind::Corrupt, error))
+        }
+    }
+
+    /// sqlx reads no text but of one setting.
+    fn bytes(row: &PgRow, column: &str) -> Result<Option<Vec<u8>>, Error> {
+        let value = row.try_get_raw(column)?;
+        if value.is_null() {
+            return Ok(None);
+        }
+        let bytes = value.as_bytes().map_err(Error::Decode)?;
+        match value.format() {
+            PgValueFormat::Binary => Ok(Some(bytes.to_vec())),
+            PgValueFormat::Text => match bytes_of(bytes) {
+                Some(bytes) => Ok(Some(bytes)),
+                None => Err(Error::Decode("bytes that are not written as such".into())),
+            },
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use sha2::{Digest, Sha256};
 use tokio_postgres::{
     error::Severity,
     types::{IsNull, ToSql, Type, to_sql_checked},
@@ -30,7 +31,6 @@ impl Say {
 pub(in super::super) struct Statement {
     pub(super) sql: String,
     /// In a session of the server: the same for the same text alone.
-    #[cfg(feature = "sqlx")]
     pub(super) name: String,
 }
 
@@ -38,15 +38,12 @@ impl Statement {
     pub(super) fn of(sql: impl Into<String>) -> Arc<Self> {
         let sql = sql.into();
         Arc::new(Self {
-            #[cfg(feature = "sqlx")]
             name: Self::name_of(&sql),
             sql,
         })
     }
 
-    #[cfg(feature = "sqlx")]
     fn name_of(sql: &str) -> String {
-        use sha2::{Digest, Sha256};
         let mut name = "tower_idempotency_".to_owned();
         crate::hex::push(&mut name, &Sha256::digest(sql)[..16]);
         name

@@ -19,7 +19,7 @@ use sqlx::{
 };
 
 use super::{
-    BEGIN_TO_LOOK, Connection, Looked, Source,
+    BEGIN_TO_LOOK, Connection, Looked, NAMES, NOT_PREPARED, Source,
     client::{self, no_row},
     say::{Failure, Say, Statement, Value},
     statements::{SAVEPOINT, UNDO},
@@ -39,9 +39,6 @@ pub(in super::super) struct SqlxSource {
     pub(in super::super) prepared: bool,
 }
 
-/// There is no statement of that name in this session.
-const NOT_PREPARED: &str = "26000";
-
 type Manager = <Postgres as Database>::TransactionManager;
 
 /// A connection in a transaction, which is rolled back when it is dropped.
@@ -60,7 +57,12 @@ impl Drop for Open {
 impl Source for SqlxSource {
     type Connection = Open;
 
-    async fn begin(&self, mut flight: Vec<Say>, _: &[&Arc<Statement>]) -> Result<(Open, Vec<Looked>), Failure> {
+    async fn begin(
+        &self,
+        mut flight: Vec<Say>,
+        named: &[&Arc<Statement>],
+        _: &[&Arc<Statement>],
+    ) -> Result<(Open, Vec<Looked>), Failure> {
         flight.push(Say::Plain(SAVEPOINT));
         let open = self.open("BEGIN").await?;
         if !self.prepared {
@@ -70,7 +72,7 @@ impl Source for SqlxSource {
             Err((open, failure)) if failure.code.as_deref() == Some(NOT_PREPARED) => {
                 let said = open.begin_again().await?.fetch_or_roll_back(&text(&flight)).await;
                 let (open, looked) = read(said)?;
-                Ok((open.prepare(&flight).await?, looked))
+                Ok((open.prepare(named).await?, looked))
             }
             said => read(said),
         }
@@ -172,13 +174,12 @@ impl Open {
         }
     }
 
-    /// What was said with values, by its name, for whoever has this session next. Where it was said already: then the
-    /// table is locked, and nothing here waits.
-    async fn prepare(mut self, flight: &[Say]) -> Result<Self, Failure> {
-        let names = query_scalar("SELECT name FROM pg_prepared_statements");
+    /// By their names, for whoever has this session next. Behind a claim: then the table is locked, and nothing here waits.
+    async fn prepare(mut self, named: &[&Arc<Statement>]) -> Result<Self, Failure> {
+        let names = query_scalar(NAMES);
         let prepared = match names.fetch_all(&mut *self.transaction).await {
             Ok(there) => (*self.transaction)
-                .execute(&*text_to_prepare(flight, there))
+                .execute(&*text_to_prepare(named, there))
                 .await
                 .map(drop),
             Err(error) => Err(error),

@@ -193,6 +193,13 @@ impl TransactionStatements {
     }
 }
 
+impl TransactionStatements {
+    /// Those with values by which transactions begin.
+    pub(super) fn to_begin(&self) -> [&Arc<Statement>; 4] {
+        [&self.bound, &self.claim_new, &self.claim, &self.has_all]
+    }
+}
+
 /// Of the hash in the second half of a first lock.
 const REQUEST_BITS: u32 = 24;
 

@@ -113,7 +113,12 @@ fn somebody(held: i32) -> Looked {
 impl Source for Shows {
     type Connection = Nowhere;
 
-    async fn begin(&self, _: Vec<Say>, _: &[&Arc<Statement>]) -> Result<(Nowhere, Vec<Looked>), Failure> {
+    async fn begin(
+        &self,
+        _: Vec<Say>,
+        _: &[&Arc<Statement>],
+        _: &[&Arc<Statement>],
+    ) -> Result<(Nowhere, Vec<Looked>), Failure> {
         Ok((Nowhere(self.claim), vec![]))
     }
 

@@ -2,7 +2,7 @@
 //!
 //! The values are numbers, and bytes as hexadecimal digits.
 
-use std::fmt::Write;
+use std::{fmt::Write, sync::Arc};
 
 use super::say::{Say, Statement, Value};
 use crate::hex;
@@ -40,16 +40,13 @@ pub(super) fn text_of_names(flight: &[Say]) -> String {
     text
 }
 
-/// What makes those names known that are not `there`.
-pub(super) fn text_to_prepare(flight: &[Say], mut there: Vec<String>) -> String {
+/// What makes the names of these known that are not `there`.
+pub(super) fn text_to_prepare(named: &[&Arc<Statement>], there: Vec<String>) -> String {
     let mut text = String::new();
-    for say in flight {
-        let Say::Ask(statement, values) = say else { continue };
-        let Statement { name, sql } = &**statement;
-        if !values.is_empty() && !there.contains(name) {
+    for Statement { name, sql } in named.iter().map(|statement| &***statement) {
+        if !there.contains(name) {
             // Writing to a string does not fail.
             let _ = write!(text, "PREPARE {name} AS {sql};");
-            there.push(name.clone());
         }
     }
     text
@@ -163,8 +160,11 @@ mod tests {
         );
         assert_eq!(text_of_names(&flight), said);
         let told = format!("PREPARE {} AS SELECT $1::bigint + 1;", add.name);
-        assert_eq!(text_to_prepare(&flight, vec![look.name.clone()]), told);
-        assert_eq!(text_to_prepare(&flight, vec![look.name.clone(), add.name.clone()]), "");
+        assert_eq!(text_to_prepare(&[&add, &look], vec![look.name.clone()]), told);
+        assert_eq!(
+            text_to_prepare(&[&add, &look], vec![look.name.clone(), add.name.clone()]),
+            ""
+        );
     }
 
     #[test]
