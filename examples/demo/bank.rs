@@ -65,12 +65,13 @@ impl Bank {
         Ok(Self { pool, started })
     }
 
+    /// What the database says, or why it does not.
     async fn ask<T>(&self, what: impl AsyncFnOnce(&Client) -> Result<T, Error>) -> Result<T, String> {
         let late = |_| "the database does not answer".to_owned();
         let client = timeout(TIMEOUT, self.pool.get()).await.map_err(late)?;
         let mut asked = Asked(Some(client.map_err(|error| error.to_string())?));
         let Asked(Some(client)) = &asked else {
-            return Err("it is there".to_owned());
+            return Err("the connection is gone".to_owned());
         };
         let answer = timeout(TIMEOUT, what(client)).await.map_err(late)?;
         drop(asked.0.take());
