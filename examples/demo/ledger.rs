@@ -129,7 +129,7 @@ impl Ledger {
         // It is locked from before the time is taken, so that the order is that of the times.
         let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         let effect = Arc::new(Effect::now(id, route, request));
-        file.append(&serde_json::to_string(&effect)?)?;
+        file.append(&serde_json::to_string(&*effect)?)?;
         self.held().push(Arc::clone(&effect));
         Ok(effect)
     }
