@@ -14,11 +14,12 @@ use std::{
 
 use futures_util::future::join_all;
 use support::{
+    proxy::{Proxy, Weather},
     redis::Redis,
     steps::{MINUTE, acquire, claim, complete, id, is_replay, key, kind},
 };
 use tokio::{runtime::Builder, sync::oneshot, time::timeout};
-use tower_idempotency::{Begin, RedisStore, Store, StoreError, StoreErrorKind};
+use tower_idempotency::{Begin, Lease, RedisStore, Store, StoreError, StoreErrorKind};
 
 type Beginning<'a> = Pin<Box<dyn Future<Output = Result<Begin, StoreError>> + Send + 'a>>;
 
@@ -106,6 +107,83 @@ async fn a_step_that_nobody_waits_for_any_more_is_not_sent_and_takes_none_of_the
     let begun = timeout(MINUTE, join_all(steps)).await.unwrap();
     assert!(begun.iter().all(is_acquired), "{begun:?}");
     assert!(!server.ask::<bool>(&["EXISTS", &key(2)]).await);
+}
+
+#[tokio::test]
+async fn claims_of_one_moment_whose_answers_were_lost_are_their_owners_when_they_are_repeated() {
+    let server = Redis::start(&[]);
+    let proxy = Proxy::before(server.port()).await;
+    let store = RedisStore::connect(&proxy.url()).await.unwrap();
+    let claims: Vec<_> = (0..100).map(|_| claim()).collect();
+    let begin_all = async || {
+        let begins = claims.iter().zip(0..);
+        timeout(
+            MINUTE,
+            join_all(begins.map(async |(own, number)| store.begin(&id(number), own).await)),
+        )
+        .await
+        .unwrap()
+    };
+    for lost in [Weather::LoseAnswer, Weather::CutAnswer] {
+        proxy.make(lost);
+        let mut lost = 0;
+        for begin in begin_all().await {
+            match begin {
+                Ok(begin) => assert!(matches!(begin, Begin::Acquired(_)), "{begin:?}"),
+                Err(error) => {
+                    assert_eq!(error.kind(), StoreErrorKind::Unavailable);
+                    lost += 1;
+                }
+            }
+        }
+        assert!(lost > 0 && proxy.weather() == Weather::Clear);
+    }
+    for ((begin, own), number) in begin_all().await.into_iter().zip(&claims).zip(0..) {
+        let lease = Lease::new(id(number), own.owner, 1);
+        assert!(
+            matches!(&begin, Ok(Begin::Acquired(acquired)) if *acquired == lease),
+            "{begin:?}"
+        );
+    }
+    for begin in join_all(all(&store, 0..100)).await {
+        assert!(matches!(begin, Ok(Begin::InProgress { .. })), "{begin:?}");
+    }
+}
+
+/// Together they are told nothing before the last one is there, which on such a network is too late for all.
+#[tokio::test]
+async fn answers_that_a_slow_network_brings_too_late_together_are_heard_one_by_one() {
+    const COUNT: u32 = 16;
+    const LENGTH: usize = 128 * 1024;
+    let server = Redis::start(&[]);
+    let elsewhere = RedisStore::connect(&server.url()).await.unwrap();
+    for number in 0..COUNT {
+        complete(&elsewhere, &acquire(&elsewhere, number).await, LENGTH).await;
+    }
+    let proxy = Proxy::before(server.port()).await;
+    let builder = RedisStore::builder().timeout(Duration::from_millis(300));
+    let store = builder.connect(&proxy.url()).await.unwrap();
+    // 64 KiB at a time.
+    proxy.make(Weather::Slow(Duration::from_millis(20)));
+    let mut missing: Vec<_> = (0..COUNT).collect();
+    let hear_all = async {
+        while !missing.is_empty() {
+            let begins = missing.iter().map(async |&number| {
+                let begin = store.begin(&id(number), &claim()).await;
+                (number, begin)
+            });
+            for (number, begin) in join_all(begins).await {
+                match begin {
+                    Ok(begin) => {
+                        assert!(is_replay(&begin, LENGTH), "{number}");
+                        missing.retain(|&other| other != number);
+                    }
+                    Err(error) => assert_eq!(error.kind(), StoreErrorKind::Unavailable),
+                }
+            }
+        }
+    };
+    timeout(MINUTE, hear_all).await.unwrap();
 }
 
 /// The task that sends for all may be on a thread that somebody blocks.

@@ -13,7 +13,7 @@ use tokio::{
 
 use super::{
     failure::{is_answer, is_over, leads_elsewhere},
-    flight::{Flight, Landed, Replicas},
+    flight::{Flight, Landed, Replicas, fly_all},
     server,
     way::{Link, Way},
 };
@@ -96,6 +96,12 @@ impl Connection {
         self.settings.replicas.is_some()
     }
 
+    /// Whether something went wrong on it or on the one before, and nothing has gone well since.
+    pub(super) fn fails(&self) -> bool {
+        let state = self.state();
+        state.failing_since.is_some() || !state.pause.is_zero()
+    }
+
     pub(super) fn deadline(&self) -> Instant {
         after(Instant::now(), self.settings.timeout)
     }
@@ -112,7 +118,23 @@ impl Connection {
         landed
     }
 
-    async fn link(&self, deadline: Instant) -> RedisResult<(Link, u64)> {
+    /// Sends steps in one piece.
+    pub(super) async fn send_all(
+        &self,
+        (mut link, number): (Link, u64),
+        flights: Vec<Flight<'static>>,
+        deadline: Instant,
+    ) -> RedisResult<Vec<Landed>> {
+        let landed = timeout_at(deadline, fly_all(flights, &mut link)).await;
+        let landed = landed.unwrap_or_else(|elapsed| Err(late(elapsed)));
+        match &landed {
+            Ok(landed) => self.note(number, verdict(landed)),
+            Err(error) => self.note(number, Some(error)),
+        }
+        landed
+    }
+
+    pub(super) async fn link(&self, deadline: Instant) -> RedisResult<(Link, u64)> {
         loop {
             let mut opening = {
                 let mut state = self.state();
@@ -220,6 +242,20 @@ impl State {
     }
 }
 
+/// What those that landed together say of their connection: that it leads elsewhere, if one of them was told so; else that it
+/// is well, if one of them was answered.
+fn verdict(landed: &[Landed]) -> Option<&RedisError> {
+    let failures = || landed.iter().filter_map(|landed| landed.answer.as_ref().err());
+    let is_answered = landed
+        .iter()
+        .any(|landed| landed.answer.as_ref().err().is_none_or(is_answer));
+    match failures().find(|error| leads_elsewhere(error)) {
+        None if is_answered => None,
+        None => failures().next(),
+        elsewhere => elsewhere,
+    }
+}
+
 async fn open(way: &Way, settings: &Settings) -> RedisResult<Opened> {
     let opening = async {
         let mut link = way.open(settings.timeout).await?;
@@ -267,6 +303,8 @@ mod tests {
 
     use std::error::Error;
 
+    use redis::{ErrorKind, ServerErrorKind};
+
     use super::*;
 
     #[test]
@@ -284,6 +322,31 @@ mod tests {
             state.pause.as_millis()
         });
         assert_eq!(pauses, [25, 50, 100, 200, 400, 500, 500]);
+    }
+
+    #[test]
+    fn those_that_landed_together_say_that_their_connection_is_well_if_one_was_answered_unless_it_leads_elsewhere() {
+        let fails = |kind| Landed::failed((kind, "said the server").into());
+        let lost = || fails(ErrorKind::Io);
+        let elsewhere = || fails(ErrorKind::Server(ServerErrorKind::ReadOnly));
+        let answered = || {
+            let mut landed = lost();
+            landed.answer = Ok(Value::Nil);
+            landed
+        };
+        let refused = || fails(ErrorKind::Server(ServerErrorKind::NoScript));
+        for (landed, said) in [
+            (vec![answered(), answered()], None),
+            (vec![lost(), answered()], None),
+            (vec![lost(), refused()], None),
+            (vec![lost(), lost()], Some(ErrorKind::Io)),
+            (
+                vec![lost(), answered(), elsewhere()],
+                Some(ErrorKind::Server(ServerErrorKind::ReadOnly)),
+            ),
+        ] {
+            assert_eq!(verdict(&landed).map(RedisError::kind), said, "{landed:?}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

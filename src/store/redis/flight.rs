@@ -27,6 +27,8 @@ pub(super) struct Flight<'a> {
 pub(super) enum Kind {
     /// Asks a primary, and no replica is waited for.
     Read,
+    /// The same, and the answer is long.
+    LongRead,
     Change,
 }
 
@@ -59,7 +61,7 @@ impl Flight<'_> {
         let replicas = replicas.filter(|_| self.kind == Kind::Change);
         if self.before.is_none() && self.after.is_none() && replicas.is_none() {
             let answer = match self.kind {
-                Kind::Read => link.ask_primary(self.key, &self.step).await,
+                Kind::Read | Kind::LongRead => link.ask_primary(self.key, &self.step).await,
                 Kind::Change => link.send(&self.step).await,
             };
             return Landed {
@@ -94,6 +96,20 @@ impl Flight<'_> {
         }
         expected
     }
+}
+
+/// Steps of which no replica is waited for, all to one server and back in one piece.
+pub(super) async fn fly_all(flights: Vec<Flight<'static>>, link: &mut Link) -> RedisResult<Vec<Landed>> {
+    let mut commands = Pipeline::with_capacity(2 * flights.len());
+    let expected: Vec<_> = flights
+        .into_iter()
+        .map(|flight| flight.board(&mut commands, None))
+        .collect();
+    let mut answers = link.send_all(&[], commands).await?.into_iter();
+    Ok(expected
+        .into_iter()
+        .map(|expected| expected.read(&mut answers))
+        .collect())
 }
 
 /// What is to come back.

@@ -108,15 +108,15 @@ impl fmt::Debug for RedisStore {
 impl Store for RedisStore {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         let begin = self.inner.begin(id, claim).await?;
-        if let Begin::Completed { .. } = begin {
-            self.inner.hints.add(id);
+        if let Begin::Completed { response, .. } = &begin {
+            self.inner.expect(id, response);
         }
         Ok(begin)
     }
 
     async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
         self.inner.complete(lease, response, retention).await?;
-        self.inner.hints.add(&lease.id);
+        self.inner.expect(&lease.id, response);
         Ok(())
     }
 
@@ -142,6 +142,14 @@ impl Store for RedisStore {
 }
 
 impl Inner {
+    /// A replay.
+    fn expect(&self, id: &RecordId, response: &StoredResponse) {
+        match response.len() > outbox::SHORT {
+            true => self.hints.add_long(id),
+            false => self.hints.add(id),
+        }
+    }
+
     /// Nearly always one command, which acquires the record or gives it back. What it cannot tell apart is found out by
     /// a script, which begins from the start: nothing follows from what was seen before. A replay that is expected is
     /// read first.
@@ -166,7 +174,11 @@ impl Inner {
             // answer that was lost elsewhere, and refuses it as it refuses a claim.
             let mut get = Cmd::with_capacity(2, key.len() + 32);
             get.arg("GETEX").arg(&key);
-            let landed = send(get, Kind::Read).await;
+            let kind = match self.hints.has_long(id) {
+                true => Kind::LongRead,
+                false => Kind::Read,
+            };
+            let landed = send(get, kind).await;
             // Whatever else it finds is no answer: only a claim can tell.
             if let Value::BulkString(bytes) = landed.answer.map_err(classify)?
                 && let Some(replay) = replay(Record::decode(bytes)?, claim, landed.before)

@@ -10,19 +10,21 @@ use std::sync::{
 
 use futures_util::future::join_all;
 use redis::{Cmd, ErrorKind, RedisError, ServerErrorKind};
-use tokio::time::Instant;
+use tokio::{sync::oneshot, time::Instant};
 
 use super::{
     connection::{Connection, late},
     flight::{Flight, Kind, Landed},
     scripts::Step,
-    together::{Asked, Together, Unanswered},
+    together::{Asked, Together, Unanswered, wanted},
 };
 
 /// With fewer others under way a step goes at once.
 const OTHERS: usize = 2;
-/// A longer step goes by itself.
-const SHORT: usize = 16 * 1024;
+/// A longer step goes by itself, and one whose answer is known to be longer.
+pub(super) const SHORT: usize = 16 * 1024;
+/// Steps that go in one piece at most: its answers are heard when the last one is there, and a claim may be told a long one.
+const PIECE: usize = 16;
 
 pub(super) struct Outbox {
     connection: Arc<Connection>,
@@ -80,14 +82,15 @@ impl Outbox {
         }
     }
 
-    /// Whether it goes together with others. A replay gains less than the way through a task costs. One step at a time is to
-    /// be told what replicas have, and a cluster has several places to go to.
+    /// Whether it goes together with others. One step at a time is to be told what replicas have, and a cluster has several
+    /// places to go to. While the connection fails each goes by itself, so that whatever gets through is heard.
     pub(super) fn shares(&self, flight: &Flight<'_>, others: usize) -> bool {
         others >= OTHERS
-            && flight.kind == Kind::Change
+            && flight.kind != Kind::LongRead
             && self.connection.way().leads_to_one()
             && !self.connection.waits_for_replicas()
             && flight.length() <= SHORT
+            && !self.connection.fails()
     }
 
     /// Runs a step on the server, on keys that are in one place.
@@ -114,21 +117,55 @@ impl Outbox {
     }
 }
 
-/// Each by itself: it has a deadline of its own, and is told its answer as soon as that is there. All are with the connection
-/// before it writes the first.
-async fn send_all(connection: Arc<Connection>, parcels: Vec<Asked<Parcel, Landed>>) {
-    let sent = parcels.into_iter().map(async |asked| {
-        let Asked { step, mut told, .. } = asked;
-        let landed = tokio::select! {
-            biased;
-            // As if whoever left had sent it: what was not written yet is not.
-            () = told.closed() => return,
-            landed = connection.send(step.flight, step.deadline) => landed,
-        };
-        // Who does not wait any more has left meanwhile.
-        let _ = told.send(landed);
-    });
+/// In pieces. Whoever makes a step waits for all that are in one piece with it.
+async fn send_all(connection: Arc<Connection>, mut parcels: Vec<Asked<Parcel, Landed>>) {
+    let mut sent = Vec::new();
+    while !parcels.is_empty() {
+        let rest = parcels.split_off(parcels.len().min(PIECE));
+        sent.push(send_piece(&connection, parcels));
+        parcels = rest;
+    }
     join_all(sent).await;
+}
+
+async fn send_piece(connection: &Connection, parcels: Vec<Asked<Parcel, Landed>>) {
+    // Each has its own deadline besides, at which it is not waited for any more.
+    let Some(deadline) = parcels.iter().map(|asked| asked.step.deadline).max() else {
+        return;
+    };
+    let link = connection.link(deadline).await;
+    // As if whoever left meanwhile had sent it.
+    let (flights, mut told): (Vec<_>, Vec<_>) = wanted(parcels)
+        .into_iter()
+        .map(|asked| (asked.step.flight, asked.told))
+        .unzip();
+    if flights.is_empty() {
+        return;
+    }
+    let landed = match link {
+        Ok(link) => tokio::select! {
+            biased;
+            landed = connection.send_all(link, flights, deadline) => landed,
+            // What was not written yet is not.
+            () = all_left(&mut told) => return,
+        },
+        Err(error) => Err(error),
+    };
+    // Who does not wait any more has left meanwhile.
+    let tell = |(told, landed): (oneshot::Sender<Landed>, Landed)| drop(told.send(landed));
+    match landed {
+        Ok(landed) => told.into_iter().zip(landed).for_each(tell),
+        Err(error) => told
+            .into_iter()
+            .map(|told| (told, Landed::failed(error.clone())))
+            .for_each(tell),
+    }
+}
+
+async fn all_left(told: &mut [oneshot::Sender<Landed>]) {
+    for told in told {
+        told.closed().await;
+    }
 }
 
 /// A step, until it has landed or nobody waits for it any more.

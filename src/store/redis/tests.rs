@@ -127,7 +127,7 @@ fn step(kind: Kind, length: usize, before: usize) -> Flight<'static> {
 }
 
 #[test]
-fn short_changes_go_together_when_others_are_under_way_to_one_server_of_which_no_replica_is_waited_for() {
+fn short_steps_go_together_when_others_are_under_way_to_one_server_of_which_no_replica_is_waited_for() {
     let outbox = |way, replicas| {
         let settings = Settings {
             timeout: Duration::from_secs(1),
@@ -142,7 +142,8 @@ fn short_changes_go_together_when_others_are_under_way_to_one_server_of_which_no
     assert!(shares(Kind::Change, 16 * 1024, 0, 2));
     assert!(shares(Kind::Change, 8 * 1024, 8 * 1024, 99));
     assert!(!shares(Kind::Change, 100, 0, 1), "nobody to go with");
-    assert!(!shares(Kind::Read, 100, 0, 99), "a replay");
+    assert!(shares(Kind::Read, 100, 0, 2), "a replay");
+    assert!(!shares(Kind::LongRead, 100, 0, 99), "a replay of a long answer");
     assert!(!shares(Kind::Change, 16 * 1024 + 1, 0, 99), "long");
     assert!(
         !shares(Kind::Change, 8 * 1024, 8 * 1024 + 1, 99),

@@ -133,7 +133,7 @@ impl<S, A> Together<S, A> {
 }
 
 /// Those that somebody waits for still.
-fn wanted<S, A>(mut steps: Vec<Asked<S, A>>) -> Vec<Asked<S, A>> {
+pub(super) fn wanted<S, A>(mut steps: Vec<Asked<S, A>>) -> Vec<Asked<S, A>> {
     steps.retain(|asked| !asked.told.is_closed());
     steps
 }

@@ -14,7 +14,7 @@ use tokio::sync::{Mutex, mpsc::unbounded_channel};
 
 use super::waiters::Ears;
 
-/// Commands that wait to be written.
+/// Commands, or pieces of several, that wait to be written.
 const PIPELINE: usize = 1024;
 /// Bytes that are gathered before they are written, whatever else is to be sent: two hundred records of a KiB. The client's
 /// own 8 KiB are seven.
@@ -152,7 +152,7 @@ impl Link {
         answer.await.and_then(Value::extract_error)
     }
 
-    /// Commands that concern one key, in one flight. Each may have failed.
+    /// Commands in one flight, which in a cluster concern one key. Each may have failed.
     pub(super) async fn send_all(&mut self, key: &[u8], commands: Pipeline) -> RedisResult<Vec<Value>> {
         let count = commands.len();
         match self {
