@@ -109,23 +109,29 @@ async fn a_step_that_nobody_waits_for_any_more_is_not_sent_and_takes_none_of_the
     assert!(!server.ask::<bool>(&["EXISTS", &key(2)]).await);
 }
 
+/// Two that are under way for as long as these are there: whatever comes meanwhile goes together.
+async fn two_under_way(store: &RedisStore) -> Vec<Beginning<'_>> {
+    let mut two = all(store, 1000..1002);
+    poll_all(&mut two).await;
+    two
+}
+
 #[tokio::test]
 async fn claims_of_one_moment_whose_answers_were_lost_are_their_owners_when_they_are_repeated() {
-    let server = Redis::start(&[]);
-    let proxy = Proxy::before(server.port()).await;
-    let store = RedisStore::connect(&proxy.url()).await.unwrap();
-    let claims: Vec<_> = (0..100).map(|_| claim()).collect();
-    let begin_all = async || {
-        let begins = claims.iter().zip(0..);
-        timeout(
-            MINUTE,
-            join_all(begins.map(async |(own, number)| store.begin(&id(number), own).await)),
-        )
-        .await
-        .unwrap()
-    };
-    for lost in [Weather::LoseAnswer, Weather::CutAnswer] {
-        proxy.make(lost);
+    for lose in [Weather::LoseAnswer, Weather::CutAnswer] {
+        let server = Redis::start(&[]);
+        let proxy = Proxy::before(server.port()).await;
+        let builder = RedisStore::builder().timeout(MINUTE);
+        let store = builder.connect(&proxy.url()).await.unwrap();
+        let _two = two_under_way(&store).await;
+        // Theirs come before this one.
+        acquire(&store, 1002).await;
+        let claims: Vec<_> = (0..100).map(|_| claim()).collect();
+        let begin_all = async || {
+            let begins = claims.iter().zip(0..);
+            join_all(begins.map(async |(own, number)| store.begin(&id(number), own).await)).await
+        };
+        proxy.make(lose);
         let mut lost = 0;
         for begin in begin_all().await {
             match begin {
@@ -136,17 +142,46 @@ async fn claims_of_one_moment_whose_answers_were_lost_are_their_owners_when_they
                 }
             }
         }
-        assert!(lost > 0 && proxy.weather() == Weather::Clear);
+        assert!(lost >= 16 && proxy.weather() == Weather::Clear, "{lost}");
+        assert!(server.ask::<u32>(&["DBSIZE"]).await > 3, "some of them were made");
+        for ((begin, own), number) in begin_all().await.into_iter().zip(&claims).zip(0..) {
+            let lease = Lease::new(id(number), own.owner, 1);
+            assert!(
+                matches!(&begin, Ok(Begin::Acquired(acquired)) if *acquired == lease),
+                "{begin:?}"
+            );
+        }
+        for begin in join_all(all(&store, 0..100)).await {
+            assert!(matches!(begin, Ok(Begin::InProgress { .. })), "{begin:?}");
+        }
     }
-    for ((begin, own), number) in begin_all().await.into_iter().zip(&claims).zip(0..) {
-        let lease = Lease::new(id(number), own.owner, 1);
-        assert!(
-            matches!(&begin, Ok(Begin::Acquired(acquired)) if *acquired == lease),
-            "{begin:?}"
-        );
+}
+
+#[tokio::test]
+async fn expected_replays_of_one_moment_go_together_and_each_is_its_own() {
+    let server = Redis::start(&[]);
+    let store = RedisStore::connect(&server.url()).await.unwrap();
+    for number in 0..96 {
+        complete(&store, &acquire(&store, number).await, number as usize).await;
     }
-    for begin in join_all(all(&store, 0..100)).await {
-        assert!(matches!(begin, Ok(Begin::InProgress { .. })), "{begin:?}");
+    // Long, and so by itself.
+    complete(&store, &acquire(&store, 96).await, 20_000).await;
+    let _two = two_under_way(&store).await;
+    acquire(&store, 1002).await;
+    for asks in [false, true] {
+        let (read, set) = (server.calls("getex").await, server.calls("set").await);
+        let begins = (0..97).map(async |number| {
+            let claim = if asks { claim().asking_for_remaining() } else { claim() };
+            (number, store.begin(&id(number), &claim).await.unwrap())
+        });
+        for (number, begin) in join_all(begins).await {
+            let length = if number == 96 { 20_000 } else { number as usize };
+            assert!(is_replay(&begin, length), "{number}: {begin:?}");
+            let end = matches!(begin, Begin::Completed { remaining: Some(_), .. });
+            assert_eq!(end, asks, "{number}");
+        }
+        assert_eq!(server.calls("getex").await, read + 97);
+        assert_eq!(server.calls("set").await, set);
     }
 }
 
@@ -163,6 +198,8 @@ async fn answers_that_a_slow_network_brings_too_late_together_are_heard_one_by_o
     let proxy = Proxy::before(server.port()).await;
     let builder = RedisStore::builder().timeout(Duration::from_millis(300));
     let store = builder.connect(&proxy.url()).await.unwrap();
+    let _two = two_under_way(&store).await;
+    acquire(&store, 1002).await;
     // 64 KiB at a time.
     proxy.make(Weather::Slow(Duration::from_millis(20)));
     let mut missing: Vec<_> = (0..COUNT).collect();

@@ -96,12 +96,6 @@ impl Connection {
         self.settings.replicas.is_some()
     }
 
-    /// Whether something went wrong on it or on the one before, and nothing has gone well since.
-    pub(super) fn fails(&self) -> bool {
-        let state = self.state();
-        state.failing_since.is_some() || !state.pause.is_zero()
-    }
-
     pub(super) fn deadline(&self) -> Instant {
         after(Instant::now(), self.settings.timeout)
     }

@@ -107,11 +107,15 @@ impl fmt::Debug for RedisStore {
 
 impl Store for RedisStore {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
-        let begin = self.inner.begin(id, claim).await?;
-        if let Begin::Completed { response, .. } = &begin {
-            self.inner.expect(id, response);
+        let begin = self.inner.begin(id, claim).await;
+        match &begin {
+            Ok(Begin::Completed { response, .. }) => self.inner.expect(id, response),
+            // It may have been too late for its length, or for that of others in one piece with it: next time it is asked
+            // for by itself.
+            Err(error) if error.kind() == StoreErrorKind::Unavailable => self.inner.hints.add_long(id),
+            _ => {}
         }
-        Ok(begin)
+        begin
     }
 
     async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {

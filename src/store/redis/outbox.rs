@@ -23,7 +23,7 @@ use super::{
 const OTHERS: usize = 2;
 /// A longer step goes by itself, and one whose answer is known to be longer.
 pub(super) const SHORT: usize = 16 * 1024;
-/// Steps that go in one piece at most: its answers are heard when the last one is there, and a claim may be told a long one.
+/// Steps that go in one piece at most: its answers are heard when the last one is there, and a claim may get a long one.
 const PIECE: usize = 16;
 
 pub(super) struct Outbox {
@@ -83,14 +83,13 @@ impl Outbox {
     }
 
     /// Whether it goes together with others. One step at a time is to be told what replicas have, and a cluster has several
-    /// places to go to. While the connection fails each goes by itself, so that whatever gets through is heard.
+    /// places to go to.
     pub(super) fn shares(&self, flight: &Flight<'_>, others: usize) -> bool {
         others >= OTHERS
             && flight.kind != Kind::LongRead
             && self.connection.way().leads_to_one()
             && !self.connection.waits_for_replicas()
             && flight.length() <= SHORT
-            && !self.connection.fails()
     }
 
     /// Runs a step on the server, on keys that are in one place.
