@@ -160,7 +160,11 @@ async fn claims_of_one_moment_whose_answers_were_lost_are_their_owners_when_they
 #[tokio::test]
 async fn expected_replays_of_one_moment_go_together_and_each_is_its_own() {
     let server = Redis::start(&[]);
-    let store = RedisStore::connect(&server.url()).await.unwrap();
+    let store = RedisStore::builder()
+        .timeout(MINUTE)
+        .connect(&server.url())
+        .await
+        .unwrap();
     for number in 0..96 {
         complete(&store, &acquire(&store, number).await, number as usize).await;
     }
@@ -199,7 +203,6 @@ async fn answers_that_a_slow_network_brings_too_late_together_are_heard_one_by_o
     let builder = RedisStore::builder().timeout(Duration::from_millis(300));
     let store = builder.connect(&proxy.url()).await.unwrap();
     let _two = two_under_way(&store).await;
-    acquire(&store, 1002).await;
     // 64 KiB at a time.
     proxy.make(Weather::Slow(Duration::from_millis(20)));
     let mut missing: Vec<_> = (0..COUNT).collect();

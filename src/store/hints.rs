@@ -30,6 +30,13 @@ impl Hints {
         expect(place, name | LONG);
     }
 
+    #[cfg(feature = "redis")]
+    pub(in crate::store) fn forget(&self, id: &RecordId) {
+        if self.has(id) {
+            self.place(id).0.store(0, Relaxed);
+        }
+    }
+
     pub(in crate::store) fn has(&self, id: &RecordId) -> bool {
         let (place, name) = self.place(id);
         place.load(Relaxed) & !LONG == name
@@ -76,6 +83,10 @@ mod tests {
             assert!(!hints.has_long(&like_one));
             hints.add_long(&like_one);
             assert!(hints.has(&like_one) && hints.has_long(&like_one) && !hints.has_long(&one));
+            hints.forget(&one);
+            assert!(hints.has(&like_one), "another one's place");
+            hints.forget(&like_one);
+            assert!(!hints.has(&like_one));
         }
     }
 }

@@ -107,15 +107,11 @@ impl fmt::Debug for RedisStore {
 
 impl Store for RedisStore {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
-        let begin = self.inner.begin(id, claim).await;
-        match &begin {
-            Ok(Begin::Completed { response, .. }) => self.inner.expect(id, response),
-            // It may have been too late for its length, or for that of others in one piece with it: next time it is asked
-            // for by itself.
-            Err(error) if error.kind() == StoreErrorKind::Unavailable => self.inner.hints.add_long(id),
-            _ => {}
+        let begin = self.inner.begin(id, claim).await?;
+        if let Begin::Completed { response, .. } = &begin {
+            self.inner.expect(id, response);
         }
-        begin
+        Ok(begin)
     }
 
     async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
@@ -173,6 +169,9 @@ impl Inner {
             };
             self.outbox.send(flight, deadline).await
         };
+        // An answer that did not come may have been too late for its length, or for that of others in one piece with it. Then it
+        // is asked for by itself the next time.
+        let mut may_be_long = self.outbox.may_share();
         if self.hints.has(id) && asks == claim.asks_for_remaining {
             // It changes nothing, and is a write to the server: one that may not write, such as a replica, may have an
             // answer that was lost elsewhere, and refuses it as it refuses a claim.
@@ -189,6 +188,8 @@ impl Inner {
             {
                 return Ok(replay);
             }
+            self.hints.forget(id);
+            may_be_long = false;
         }
         let first = record::in_progress(claim, 1);
         let mut set = Cmd::with_capacity(7, key.len() + record::HEAD + 96);
@@ -211,7 +212,12 @@ impl Inner {
             Err(error) => match classify(error) {
                 // The server says so without a look at the key, which may be there.
                 full if full.kind() == StoreErrorKind::Full => self.look_closer(id, claim, false, deadline).await,
-                error => Err(error),
+                error => {
+                    if may_be_long && error.kind() == StoreErrorKind::Unavailable {
+                        self.hints.add_long(id);
+                    }
+                    Err(error)
+                }
             },
         }
     }

@@ -82,14 +82,14 @@ impl Outbox {
         }
     }
 
-    /// Whether it goes together with others. One step at a time is to be told what replicas have, and a cluster has several
-    /// places to go to.
+    /// Whether it goes together with others.
     pub(super) fn shares(&self, flight: &Flight<'_>, others: usize) -> bool {
-        others >= OTHERS
-            && flight.kind != Kind::LongRead
-            && self.connection.way().leads_to_one()
-            && !self.connection.waits_for_replicas()
-            && flight.length() <= SHORT
+        others >= OTHERS && flight.kind != Kind::LongRead && self.may_share() && flight.length() <= SHORT
+    }
+
+    /// One step at a time is to be told what replicas have, and a cluster has several places to go to.
+    pub(super) fn may_share(&self) -> bool {
+        self.connection.way().leads_to_one() && !self.connection.waits_for_replicas()
     }
 
     /// Runs a step on the server, on keys that are in one place.
