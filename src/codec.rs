@@ -118,9 +118,8 @@ impl StoredResponse {
     /// [`StoreErrorKind::NewerVersion`] for a version that this code does not know, and
     /// [`StoreErrorKind::Corrupt`] for anything that is not a stored answer.
     pub fn from_bytes(bytes: Bytes) -> Result<Self, StoreError> {
-        let stored = Self { bytes };
-        stored.decode()?;
-        Ok(stored)
+        check(&bytes)?;
+        Ok(Self { bytes })
     }
 
     /// Bytes that nobody has read.
@@ -159,6 +158,40 @@ impl StoredResponse {
     /// Reads the answer; its body and values are slices of the stored bytes.
     pub(crate) fn decode(&self) -> Result<Answer, StoreError> {
         let mut rest = self.bytes.clone();
+        let head = Head::take(&mut rest)?;
+        let headers = take_fields(&mut rest, head.headers_length)?;
+        let trailers = take_fields(&mut rest, head.trailers_length)?;
+        head.check_body(rest.len())?;
+        Ok(Answer {
+            status: head.status,
+            headers,
+            body: rest,
+            trailers: (head.flags & TRAILERS != 0).then(|| Box::new(trailers)),
+            trailers_announced: head.flags & TRAILERS_ANNOUNCED != 0,
+        })
+    }
+}
+
+/// Whether this is an answer that [`decode`](StoredResponse::decode) reads. Makes nothing of it: a store, which only passes
+/// answers on, need not build their fields.
+fn check(mut rest: &[u8]) -> Result<(), StoreError> {
+    let head = Head::take(&mut rest)?;
+    check_fields(&mut rest, head.headers_length)?;
+    check_fields(&mut rest, head.trailers_length)?;
+    head.check_body(rest.len())
+}
+
+/// What comes before the fields.
+struct Head {
+    flags: u8,
+    status: StatusCode,
+    headers_length: u32,
+    trailers_length: u32,
+    body_length: u64,
+}
+
+impl Head {
+    fn take(rest: &mut impl Buf) -> Result<Self, StoreError> {
         let version = rest.try_get_u8().map_err(corrupt)?;
         if version > VERSION {
             return Err(StoreErrorKind::NewerVersion.into());
@@ -170,22 +203,20 @@ impl StoredResponse {
         if flags & !(NOT_KEPT | TRAILERS | TRAILERS_ANNOUNCED) != 0 {
             return Err(corrupt("unknown flags"));
         }
-        let status = StatusCode::from_u16(rest.try_get_u16_le().map_err(corrupt)?).map_err(corrupt)?;
-        let headers_length = rest.try_get_u32_le().map_err(corrupt)?;
-        let trailers_length = rest.try_get_u32_le().map_err(corrupt)?;
-        let body_length = rest.try_get_u64_le().map_err(corrupt)?;
-        let headers = take_fields(&mut rest, headers_length)?;
-        let trailers = take_fields(&mut rest, trailers_length)?;
-        if rest.len() as u64 != body_length {
-            return Err(corrupt("the body is not as long as it was"));
-        }
-        Ok(Answer {
-            status,
-            headers,
-            body: rest,
-            trailers: (flags & TRAILERS != 0).then(|| Box::new(trailers)),
-            trailers_announced: flags & TRAILERS_ANNOUNCED != 0,
+        Ok(Self {
+            flags,
+            status: StatusCode::from_u16(rest.try_get_u16_le().map_err(corrupt)?).map_err(corrupt)?,
+            headers_length: rest.try_get_u32_le().map_err(corrupt)?,
+            trailers_length: rest.try_get_u32_le().map_err(corrupt)?,
+            body_length: rest.try_get_u64_le().map_err(corrupt)?,
         })
+    }
+
+    fn check_body(&self, length: usize) -> Result<(), StoreError> {
+        match length as u64 == self.body_length {
+            true => Ok(()),
+            false => Err(corrupt("the body is not as long as it was")),
+        }
     }
 }
 
@@ -236,11 +267,46 @@ fn take_fields(rest: &mut Bytes, length: u32) -> Result<HeaderMap, StoreError> {
     Ok(fields)
 }
 
+/// As [`take_fields`], without the fields.
+fn check_fields(rest: &mut &[u8], length: u32) -> Result<(), StoreError> {
+    let mut section = cut(rest, length as usize)?;
+    while !section.is_empty() {
+        let name = section.try_get_u16_le().map_err(corrupt)?;
+        let value = section.try_get_u32_le().map_err(corrupt)?;
+        let name = cut(&mut section, name.into())?;
+        if name.is_empty() || !name.iter().all(is_of_name) {
+            return Err(corrupt("a field has no name that one can have"));
+        }
+        let value = cut(&mut section, (value & !SENSITIVE) as usize)?;
+        if !value.iter().all(is_of_value) {
+            return Err(corrupt("a field has no value that one can have"));
+        }
+    }
+    Ok(())
+}
+
+/// `token` of RFC 9110.
+fn is_of_name(byte: &u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte)
+}
+
+fn is_of_value(byte: &u8) -> bool {
+    *byte == b'\t' || (*byte >= b' ' && *byte != 0x7f)
+}
+
 fn take(rest: &mut Bytes, length: usize) -> Result<Bytes, StoreError> {
     if length > rest.len() {
-        return Err(corrupt("a length points past the end"));
+        return Err(past_the_end());
     }
     Ok(rest.split_to(length))
+}
+
+fn cut<'a>(rest: &mut &'a [u8], length: usize) -> Result<&'a [u8], StoreError> {
+    rest.split_off(..length).ok_or_else(past_the_end)
+}
+
+fn past_the_end() -> StoreError {
+    corrupt("a length points past the end")
 }
 
 fn corrupt(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> StoreError {
@@ -372,13 +438,40 @@ mod tests {
             if let Some(first) = bytes.first_mut() {
                 *first = version;
             }
-            let _ = StoredResponse::from_bytes(bytes.into());
+            is_checked_as_it_is_read(bytes.into());
         });
         let good = sample().as_bytes().to_vec();
         proptest!(|(at in 0..good.len(), with in any::<u8>())| {
             let mut bytes = good.clone();
             bytes[at] = with;
-            let _ = StoredResponse::from_bytes(bytes.into());
+            is_checked_as_it_is_read(bytes.into());
         });
+    }
+
+    /// What is taken back can be read later, and what cannot be read is not taken back.
+    fn is_checked_as_it_is_read(bytes: Bytes) {
+        let read = StoredResponse::unread(bytes.clone()).decode().map(drop);
+        let checked = StoredResponse::from_bytes(bytes).map(drop);
+        assert_eq!(
+            checked.map_err(|error| error.kind()),
+            read.map_err(|error| error.kind())
+        );
+    }
+
+    #[test]
+    fn every_byte_of_a_name_or_a_value_is_checked_as_it_is_read() {
+        let good = sample().as_bytes().to_vec();
+        let all = |at: usize| (0..=255).map(move |byte| (at, byte));
+        // In a standard name, in a value, in a name of another kind, and in that of a trailer.
+        for (at, byte) in [all(27), all(40), all(55), all(90)].into_iter().flatten() {
+            let mut bytes = good.clone();
+            bytes[at] = byte;
+            is_checked_as_it_is_read(bytes.into());
+        }
+        // Without a name.
+        let mut bytes = vec![VERSION, 0, 200, 0, 6, 0, 0, 0, 0, 0, 0, 0];
+        bytes.extend([0; 8]);
+        bytes.extend([0; 6]);
+        is_checked_as_it_is_read(bytes.into());
     }
 }
