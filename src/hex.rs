@@ -5,9 +5,17 @@ const DIGITS: &[u8; 16] = b"0123456789abcdef";
 pub(crate) fn push(out: &mut String, bytes: &[u8]) {
     out.reserve(2 * bytes.len());
     for byte in bytes {
-        out.push(char::from(DIGITS[usize::from(byte >> 4)]));
-        out.push(char::from(DIGITS[usize::from(byte & 15)]));
+        out.extend(pair(*byte).map(char::from));
     }
+}
+
+#[cfg(feature = "redis")]
+pub(crate) fn digits<const N: usize>(bytes: &[u8; N]) -> [[u8; 2]; N] {
+    bytes.map(pair)
+}
+
+fn pair(byte: u8) -> [u8; 2] {
+    [DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]
 }
 
 pub(crate) fn of(bytes: &[u8]) -> String {

@@ -92,6 +92,16 @@ async fn where_the_server_is_silent_each_of_many_steps_ends_by_its_deadline() {
     server.resume();
     let again = support::steps::until_back(&store, 100).await;
     assert!(matches!(again, Begin::Acquired(_)));
+    // Where others were sent together just before.
+    for _ in 0..3 {
+        join_all(all(&store, 101..200)).await;
+    }
+    server.pause();
+    let begun = timeout(MINUTE, join_all(all(&store, 201..300))).await.unwrap();
+    for begin in begun {
+        assert_eq!(kind(begin), StoreErrorKind::Unavailable);
+    }
+    server.resume();
 }
 
 #[tokio::test]

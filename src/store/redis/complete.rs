@@ -34,6 +34,7 @@ const TOGETHER: usize = 16;
 const SHORT: usize = 4 * 1024;
 
 struct Completion {
+    deadline: Instant,
     key: String,
     /// The record as this node's claim set it, if that is known.
     granted: Option<[u8; HEAD]>,
@@ -69,6 +70,7 @@ impl Inner {
         let deadline = self.connection.deadline();
         let granted = self.granted.get(lease);
         let completion = Arc::new(Completion {
+            deadline,
             key: self.keys.key(&lease.id),
             granted,
             completed: record::completed(&granted.unwrap_or([0; HEAD]), response, retention),
@@ -130,13 +132,8 @@ impl Inner {
         // Asked afterwards: whoever comes later finds the record completed.
         let mut listeners = redis::cmd("PUBSUB");
         listeners.arg(count).arg(key);
-        let flight = Flight {
-            key: key.as_bytes(),
-            before: None,
-            step: set,
-            after: Some(listeners),
-            kind: Kind::Change,
-        };
+        let mut flight = Flight::alone(set, 1, Kind::Change);
+        flight.after = Some(Box::new(listeners));
         let landed = self.outbox.send(flight, deadline).await;
         match landed.answer {
             Ok(Value::Okay) => {}
@@ -145,20 +142,13 @@ impl Inner {
             Err(error) if is_refused(&error) => return Ok(false),
             Err(error) => return Err(classify(error)),
         }
-        if listened(landed.after) {
+        if listened(landed.after.as_deref()) {
             let mut wake = redis::cmd(publish);
             wake.arg(key).arg("");
-            let (inner, key) = (Arc::clone(self), key.clone());
+            let inner = Arc::clone(self);
             // Nobody waits for it: it is completed. Where it fails, those who listen look again by themselves.
             tokio::spawn(async move {
-                let flight = Flight {
-                    key: key.as_bytes(),
-                    before: None,
-                    step: wake,
-                    after: None,
-                    kind: Kind::Read,
-                };
-                inner.outbox.send(flight, deadline).await;
+                inner.outbox.send(Flight::alone(wake, 1, Kind::Read), deadline).await;
             });
         }
         safe(true, landed.is_safe)
@@ -198,7 +188,10 @@ impl Inner {
     }
 
     async fn send_together(&self, waiting: Vec<Waiting>) {
-        let deadline = self.connection.deadline();
+        // All of them were begun in one moment.
+        let Some(deadline) = waiting.iter().map(|one| one.step.deadline).min() else {
+            return;
+        };
         let keys: Vec<_> = waiting.iter().map(|one| one.step.key.as_bytes()).collect();
         let mut arguments: Vec<&[u8]> = Vec::with_capacity(3 * waiting.len());
         for Waiting { step: completion, .. } in &waiting {
@@ -227,7 +220,7 @@ impl Inner {
     }
 }
 
-fn listened(counted: Option<Value>) -> bool {
+fn listened(counted: Option<&Value>) -> bool {
     match counted {
         Some(Value::Array(counted)) => matches!(counted[..], [_, Value::Int(1..)]),
         _ => false,

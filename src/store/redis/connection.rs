@@ -13,7 +13,7 @@ use tokio::{
 
 use super::{
     failure::{is_answer, is_over, leads_elsewhere},
-    flight::{Flight, Landed, Replicas, fly_all},
+    flight::{Flight, Landed, Piece, Replicas},
     server,
     way::{Link, Way},
 };
@@ -101,7 +101,7 @@ impl Connection {
     }
 
     /// Sends a step. It was written wholly or not at all when this is dropped.
-    pub(super) async fn send(&self, flight: Flight<'_>, deadline: Instant) -> Landed {
+    pub(super) async fn send(&self, flight: Flight, deadline: Instant) -> Landed {
         let (mut link, number) = match self.link(deadline).await {
             Ok(link) => link,
             Err(error) => return Landed::failed(error),
@@ -112,15 +112,9 @@ impl Connection {
         landed
     }
 
-    /// Sends steps in one piece.
-    pub(super) async fn send_all(
-        &self,
-        (mut link, number): (Link, u64),
-        flights: Vec<Flight<'static>>,
-        deadline: Instant,
-    ) -> RedisResult<Vec<Landed>> {
-        let landed = timeout_at(deadline, fly_all(flights, &mut link)).await;
-        let landed = landed.unwrap_or_else(|elapsed| Err(late(elapsed)));
+    /// Sends steps in one piece. Has no deadline: whoever gives it up [notes](Self::note) why.
+    pub(super) async fn send_piece(&self, mut link: Link, number: u64, piece: Piece) -> RedisResult<Vec<Landed>> {
+        let landed = piece.fly(&mut link).await;
         match &landed {
             Ok(landed) => self.note(number, verdict(landed)),
             Err(error) => self.note(number, Some(error)),
@@ -129,11 +123,23 @@ impl Connection {
     }
 
     pub(super) async fn link(&self, deadline: Instant) -> RedisResult<(Link, u64)> {
+        match self.present_link() {
+            Some(link) => Ok(link),
+            // Boxed: steps are many, and openings few.
+            None => Box::pin(self.open_link(deadline)).await,
+        }
+    }
+
+    pub(super) fn present_link(&self) -> Option<(Link, u64)> {
+        self.state().present()
+    }
+
+    async fn open_link(&self, deadline: Instant) -> RedisResult<(Link, u64)> {
         loop {
             let mut opening = {
                 let mut state = self.state();
-                if let Some(link) = &state.link {
-                    return Ok((link.clone(), state.number));
+                if let Some(link) = state.present() {
+                    return Ok(link);
                 }
                 self.opening(&mut state)
             };
@@ -198,7 +204,7 @@ impl Connection {
 
     /// A connection that breaks, leads to a server that is no primary any more, or has not got an answer for long is
     /// given up. The next one looks for the server again.
-    fn note(&self, number: u64, error: Option<&RedisError>) {
+    pub(super) fn note(&self, number: u64, error: Option<&RedisError>) {
         let mut state = self.state();
         if number != state.number || state.link.is_none() {
             return;
@@ -231,6 +237,10 @@ impl Connection {
 }
 
 impl State {
+    fn present(&self) -> Option<(Link, u64)> {
+        self.link.clone().map(|link| (link, self.number))
+    }
+
     fn wait_longer(&mut self) {
         self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
     }

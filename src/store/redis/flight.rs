@@ -14,12 +14,13 @@ pub(super) struct Replicas {
 }
 
 /// A step, and what is asked before and after it.
-pub(super) struct Flight<'a> {
-    pub(super) key: &'a [u8],
-    /// Asks for a number.
-    pub(super) before: Option<Cmd>,
+pub(super) struct Flight {
+    /// Asks for a number. Boxed, as what is asked afterwards: few ask, and a flight goes through many hands.
+    pub(super) before: Option<Box<Cmd>>,
     pub(super) step: Cmd,
-    pub(super) after: Option<Cmd>,
+    /// Which argument of the step is its key.
+    pub(super) key_at: u8,
+    pub(super) after: Option<Box<Cmd>>,
     pub(super) kind: Kind,
 }
 
@@ -37,16 +38,35 @@ pub(super) struct Landed {
     /// `None` where it was not asked, or not answered.
     pub(super) before: Option<i64>,
     pub(super) answer: RedisResult<Value>,
-    /// `None` where it was not asked; it may be an error.
-    pub(super) after: Option<Value>,
+    /// `None` where it was not asked; it may be an error. Boxed, as what was asked.
+    pub(super) after: Option<Box<Value>>,
     /// Whether as many replicas acknowledged what was written as have to.
     pub(super) is_safe: bool,
 }
 
-impl Flight<'_> {
+impl Flight {
+    /// Nothing is asked before or after it.
+    pub(super) fn alone(step: Cmd, key_at: u8, kind: Kind) -> Self {
+        Self {
+            before: None,
+            step,
+            key_at,
+            after: None,
+            kind,
+        }
+    }
+
+    fn key(&self) -> &[u8] {
+        match self.step.args_iter().nth(self.key_at.into()) {
+            Some(Arg::Simple(key)) => key,
+            _ => &[],
+        }
+    }
+
     /// Bytes, about.
     pub(super) fn length(&self) -> usize {
-        let commands = self.before.iter().chain([&self.step]).chain(&self.after);
+        let (before, after) = (self.before.as_deref(), self.after.as_deref());
+        let commands = before.into_iter().chain([&self.step]).chain(after);
         let arguments = commands.flat_map(Cmd::args_iter);
         arguments
             .map(|argument| match argument {
@@ -61,7 +81,7 @@ impl Flight<'_> {
         let replicas = replicas.filter(|_| self.kind == Kind::Change);
         if self.before.is_none() && self.after.is_none() && replicas.is_none() {
             let answer = match self.kind {
-                Kind::Read | Kind::LongRead => link.ask_primary(self.key, &self.step).await,
+                Kind::Read | Kind::LongRead => link.ask_primary(self.key(), &self.step).await,
                 Kind::Change => link.send(&self.step).await,
             };
             return Landed {
@@ -71,9 +91,9 @@ impl Flight<'_> {
                 is_safe: true,
             };
         }
-        let (key, mut commands) = (self.key, Pipeline::with_capacity(4));
+        let (key, mut commands) = (self.key().to_vec(), Pipeline::with_capacity(4));
         let expected = self.board(&mut commands, replicas);
-        match link.send_all(key, commands).await {
+        match link.send_all(&key, commands).await {
             Ok(answers) => expected.read(&mut answers.into_iter()),
             Err(error) => Landed::failed(error),
         }
@@ -86,7 +106,8 @@ impl Flight<'_> {
             after: self.after.is_some(),
             replicas: replicas.map(|replicas| replicas.count),
         };
-        for command in self.before.into_iter().chain([self.step]).chain(self.after) {
+        let (before, after) = (self.before.map(|before| *before), self.after.map(|after| *after));
+        for command in before.into_iter().chain([self.step]).chain(after) {
             commands.add_command(command);
         }
         if let Some(Replicas { count, within }) = replicas {
@@ -98,18 +119,30 @@ impl Flight<'_> {
     }
 }
 
-/// Steps of which no replica is waited for, all to one server and back in one piece.
-pub(super) async fn fly_all(flights: Vec<Flight<'static>>, link: &mut Link) -> RedisResult<Vec<Landed>> {
-    let mut commands = Pipeline::with_capacity(2 * flights.len());
-    let expected: Vec<_> = flights
-        .into_iter()
-        .map(|flight| flight.board(&mut commands, None))
-        .collect();
-    let mut answers = link.send_all(&[], commands).await?.into_iter();
-    Ok(expected
-        .into_iter()
-        .map(|expected| expected.read(&mut answers))
-        .collect())
+/// Steps of which no replica is waited for, all to one server and back at once.
+pub(super) struct Piece {
+    commands: Pipeline,
+    expected: Vec<Expected>,
+}
+
+impl Piece {
+    pub(super) fn with_capacity(flights: usize) -> Self {
+        Self {
+            commands: Pipeline::with_capacity(flights),
+            expected: Vec::with_capacity(flights),
+        }
+    }
+
+    pub(super) fn board(&mut self, flight: Flight) {
+        self.expected.push(flight.board(&mut self.commands, None));
+    }
+
+    pub(super) async fn fly(self, link: &mut Link) -> RedisResult<Vec<Landed>> {
+        let Self { commands, expected } = self;
+        let mut answers = link.send_all(&[], commands).await?.into_iter();
+        let read = |expected: Expected| expected.read(&mut answers);
+        Ok(expected.into_iter().map(read).collect())
+    }
 }
 
 /// What is to come back.
@@ -129,7 +162,7 @@ impl Expected {
         // Nothing would be what a claim is told that has the record.
         let missing = || Err((ErrorKind::UnexpectedReturnType, "an answer is missing").into());
         let answer = answers.next().map_or_else(missing, Value::extract_error);
-        let after = if self.after { answers.next() } else { None };
+        let after = if self.after { answers.next().map(Box::new) } else { None };
         let is_safe = self.replicas.is_none_or(|least| {
             let acknowledged = number(answers.next()).and_then(|count| usize::try_from(count).ok());
             acknowledged.is_some_and(|count| count >= least)
@@ -174,7 +207,7 @@ mod tests {
         let landed = read(vec![Value::Int(7), Value::Okay, Value::Nil, Value::Int(1)]);
         assert_eq!(landed.before, Some(7));
         assert_eq!(landed.answer.unwrap(), Value::Okay);
-        assert_eq!(landed.after, Some(Value::Nil));
+        assert_eq!(landed.after.as_deref(), Some(&Value::Nil));
         assert!(landed.is_safe);
     }
 

@@ -1,5 +1,9 @@
 //! The names of records on the server.
 
+use std::io::Write;
+
+use redis::{RedisWrite, ToRedisArgs, ToSingleRedisArg};
+
 use crate::{hex, record::RecordId};
 
 /// What all names begin with.
@@ -19,6 +23,11 @@ impl Keys {
         key
     }
 
+    /// The same, to be written into a command.
+    pub(super) fn of<'a>(&'a self, id: &'a RecordId) -> Key<'a> {
+        Key { prefix: &self.0, id }
+    }
+
     pub(super) fn id(&self, key: &str) -> Option<RecordId> {
         let hex = key.strip_prefix(&self.0)?;
         if hex.len() != 64 || !hex.is_ascii() {
@@ -32,6 +41,32 @@ impl Keys {
     }
 }
 
+/// The name of a record, which is not put together before it stands in a command.
+#[derive(Clone, Copy)]
+pub(super) struct Key<'a> {
+    prefix: &'a str,
+    id: &'a RecordId,
+}
+
+impl Key<'_> {
+    pub(super) fn len(&self) -> usize {
+        self.prefix.len() + 64
+    }
+}
+
+impl ToRedisArgs for Key<'_> {
+    fn write_redis_args<W: ?Sized + RedisWrite>(&self, out: &mut W) {
+        let digits = hex::digits(self.id.as_bytes());
+        let mut key = out.writer_for_next_arg();
+        for part in [self.prefix.as_bytes(), digits.as_flattened()] {
+            // What is written to is in memory.
+            let _ = key.write_all(part);
+        }
+    }
+}
+
+impl ToSingleRedisArg for Key<'_> {}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -42,6 +77,8 @@ mod tests {
         let id = RecordId::from_bytes(std::array::from_fn(|at| at as u8 * 7));
         assert_eq!(keys.key(&id), format!("idempotency:{}", id.to_hex()));
         assert_eq!(keys.id(&keys.key(&id)), Some(id));
+        assert_eq!(keys.of(&id).to_redis_args(), [keys.key(&id).as_bytes()]);
+        assert_eq!(keys.of(&id).len(), keys.key(&id).len());
         for other in [
             "idempotency:".to_owned(),
             format!("other:{}", id.to_hex()),

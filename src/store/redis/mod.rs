@@ -9,6 +9,7 @@ mod flight;
 mod granted;
 mod keys;
 mod outbox;
+mod piece;
 mod record;
 mod scripts;
 mod server;
@@ -109,14 +110,14 @@ impl Store for RedisStore {
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         let begin = self.inner.begin(id, claim).await?;
         if let Begin::Completed { response, .. } = &begin {
-            self.inner.expect(id, response);
+            self.inner.expect_replay(id, response);
         }
         Ok(begin)
     }
 
     async fn complete(&self, lease: &Lease, response: &StoredResponse, retention: Retention) -> Result<(), StoreError> {
         self.inner.complete(lease, response, retention).await?;
-        self.inner.expect(&lease.id, response);
+        self.inner.expect_replay(&lease.id, response);
         Ok(())
     }
 
@@ -143,7 +144,7 @@ impl Store for RedisStore {
 
 impl Inner {
     /// A replay.
-    fn expect(&self, id: &RecordId, response: &StoredResponse) {
+    fn expect_replay(&self, id: &RecordId, response: &StoredResponse) {
         match response.len() > outbox::SHORT {
             true => self.hints.add_long(id),
             false => self.hints.add(id),
@@ -155,18 +156,13 @@ impl Inner {
     /// read first.
     async fn begin(&self, id: &RecordId, claim: &Claim) -> Result<Begin, StoreError> {
         let deadline = self.connection.deadline();
-        let key = self.keys.key(id);
+        let key = self.keys.of(id);
         // Asked before, so that it says something of the record that is found; and not in a cluster, where two commands
         // in a flight may meet two servers.
         let asks = claim.asks_for_remaining && !self.connection.way().is_cluster();
         let send = async |step: Cmd, kind| {
-            let flight = Flight {
-                key: key.as_bytes(),
-                before: asks.then(|| redis::cmd("PTTL").arg(&key).clone()),
-                step,
-                after: None,
-                kind,
-            };
+            let mut flight = Flight::alone(step, 1, kind);
+            flight.before = asks.then(|| Box::new(redis::cmd("PTTL").arg(key).take()));
             self.outbox.send(flight, deadline).await
         };
         // An answer that did not come may have been too late for its length, or for that of others in one piece with it. Then it
@@ -176,7 +172,7 @@ impl Inner {
             // It changes nothing, and is a write to the server: one that may not write, such as a replica, may have an
             // answer that was lost elsewhere, and refuses it as it refuses a claim.
             let mut get = Cmd::with_capacity(2, key.len() + 32);
-            get.arg("GETEX").arg(&key);
+            get.arg("GETEX").arg(key);
             let kind = match self.hints.has_long(id) {
                 true => Kind::LongRead,
                 false => Kind::Read,
@@ -193,7 +189,7 @@ impl Inner {
         }
         let first = record::in_progress(claim, 1);
         let mut set = Cmd::with_capacity(7, key.len() + record::HEAD + 96);
-        set.arg("SET").arg(&key).arg(&first[..]);
+        set.arg("SET").arg(key).arg(&first[..]);
         set.arg("NX")
             .arg("GET")
             .arg("PX")

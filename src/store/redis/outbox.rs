@@ -8,33 +8,28 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
-use futures_util::future::join_all;
 use redis::{Cmd, ErrorKind, RedisError, ServerErrorKind};
-use tokio::{sync::oneshot, time::Instant};
+use tokio::time::Instant;
 
 use super::{
     connection::{Connection, late},
     flight::{Flight, Kind, Landed},
+    piece::{Parcel, send_all},
     scripts::Step,
-    together::{Asked, Together, Unanswered, wanted},
+    together::{Together, Unanswered},
 };
 
 /// With fewer others under way a step goes at once.
 const OTHERS: usize = 2;
 /// A longer step goes by itself, and one whose answer is known to be longer.
 pub(super) const SHORT: usize = 16 * 1024;
-/// Steps that go in one piece at most: its answers are heard when the last one is there, and a claim may get a long one.
-const PIECE: usize = 16;
+/// Behind the command, the script and the number of keys.
+const KEY_OF_SCRIPT: u8 = 3;
 
 pub(super) struct Outbox {
     connection: Arc<Connection>,
     together: Arc<Together<Parcel, Landed>>,
     under_way: AtomicUsize,
-}
-
-struct Parcel {
-    flight: Flight<'static>,
-    deadline: Instant,
 }
 
 impl Outbox {
@@ -47,25 +42,11 @@ impl Outbox {
     }
 
     /// Sends a step. It is written wholly or not at all when this is dropped.
-    pub(super) async fn send(&self, flight: Flight<'_>, deadline: Instant) -> Landed {
+    pub(super) async fn send(&self, flight: Flight, deadline: Instant) -> Landed {
         let way = UnderWay::count(&self.under_way);
         if !self.shares(&flight, way.others) {
             return self.connection.send(flight, deadline).await;
         }
-        let Flight {
-            key: _,
-            before,
-            step,
-            after,
-            kind,
-        } = flight;
-        let flight = Flight {
-            key: &[],
-            before,
-            step,
-            after,
-            kind,
-        };
         let parcel = Parcel { flight, deadline };
         // The server is to have the one half, while this process has the answers to the other.
         let enough = way.others.div_ceil(2).max(OTHERS);
@@ -83,7 +64,7 @@ impl Outbox {
     }
 
     /// Whether it goes together with others.
-    pub(super) fn shares(&self, flight: &Flight<'_>, others: usize) -> bool {
+    pub(super) fn shares(&self, flight: &Flight, others: usize) -> bool {
         others >= OTHERS && flight.kind != Kind::LongRead && self.may_share() && flight.length() <= SHORT
     }
 
@@ -96,16 +77,7 @@ impl Outbox {
     pub(super) async fn run(&self, step: &Step, keys: &[&[u8]], arguments: &[&[u8]], deadline: Instant) -> Landed {
         let run = |name, script| {
             let command = command(name, script, keys, arguments);
-            async move {
-                let flight = Flight {
-                    key: keys.first().copied().unwrap_or_default(),
-                    before: None,
-                    step: command,
-                    after: None,
-                    kind: Kind::Change,
-                };
-                self.send(flight, deadline).await
-            }
+            self.send(Flight::alone(command, KEY_OF_SCRIPT, Kind::Change), deadline)
         };
         let landed = run("EVALSHA", &step.hash).await;
         match &landed.answer {
@@ -113,57 +85,6 @@ impl Outbox {
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => run("EVAL", &step.code).await,
             _ => landed,
         }
-    }
-}
-
-/// In pieces. Whoever makes a step waits for all that are in one piece with it.
-async fn send_all(connection: Arc<Connection>, mut parcels: Vec<Asked<Parcel, Landed>>) {
-    let mut sent = Vec::new();
-    while !parcels.is_empty() {
-        let rest = parcels.split_off(parcels.len().min(PIECE));
-        sent.push(send_piece(&connection, parcels));
-        parcels = rest;
-    }
-    join_all(sent).await;
-}
-
-async fn send_piece(connection: &Connection, parcels: Vec<Asked<Parcel, Landed>>) {
-    // Each has its own deadline besides, at which it is not waited for any more.
-    let Some(deadline) = parcels.iter().map(|asked| asked.step.deadline).max() else {
-        return;
-    };
-    let link = connection.link(deadline).await;
-    // As if whoever left meanwhile had sent it.
-    let (flights, mut told): (Vec<_>, Vec<_>) = wanted(parcels)
-        .into_iter()
-        .map(|asked| (asked.step.flight, asked.told))
-        .unzip();
-    if flights.is_empty() {
-        return;
-    }
-    let landed = match link {
-        Ok(link) => tokio::select! {
-            biased;
-            landed = connection.send_all(link, flights, deadline) => landed,
-            // What was not written yet is not.
-            () = all_left(&mut told) => return,
-        },
-        Err(error) => Err(error),
-    };
-    // Who does not wait any more has left meanwhile.
-    let tell = |(told, landed): (oneshot::Sender<Landed>, Landed)| drop(told.send(landed));
-    match landed {
-        Ok(landed) => told.into_iter().zip(landed).for_each(tell),
-        Err(error) => told
-            .into_iter()
-            .map(|told| (told, Landed::failed(error.clone())))
-            .for_each(tell),
-    }
-}
-
-async fn all_left(told: &mut [oneshot::Sender<Landed>]) {
-    for told in told {
-        told.closed().await;
     }
 }
 

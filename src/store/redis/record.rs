@@ -141,19 +141,16 @@ pub(crate) fn look_at(bytes: &[u8]) {
 
 impl Record {
     pub(super) fn decode(bytes: Vec<u8>) -> Result<Self, StoreError> {
-        let bytes = Bytes::from(bytes);
         match bytes.first() {
             Some(&VERSION) => {}
             Some(&newer) if newer > VERSION => return Err(StoreErrorKind::NewerVersion.into()),
             _ => return Err(corrupt("there is no such version")),
         }
-        if bytes.len() < HEAD {
+        let Some((mut head, rest)) = bytes.split_at_checked(HEAD) else {
             return Err(corrupt("a record is longer than that"));
-        }
-        let mut rest = bytes;
-        let mut head = rest.split_to(HEAD);
+        };
         let expected = head_checksum(&head[..CHECKED]);
-        let state = head[1];
+        let (state, is_only_head) = (head[1], rest.is_empty());
         head.advance(2);
         let mut owner = [0; 16];
         head.copy_to_slice(&mut owner);
@@ -164,9 +161,14 @@ impl Record {
             return Err(corrupt("the checksum of the head is another one"));
         }
         let state = match state {
-            IN_PROGRESS if rest.is_empty() => State::InProgress,
-            ABANDONED if rest.is_empty() => State::Abandoned,
-            COMPLETED => decode_completion(rest)?,
+            IN_PROGRESS if is_only_head => State::InProgress,
+            ABANDONED if is_only_head => State::Abandoned,
+            COMPLETED => {
+                // Not split off: that would take an allocation.
+                let mut rest = Bytes::from(bytes);
+                rest.advance(HEAD);
+                decode_completion(rest)?
+            }
             _ => return Err(corrupt("there is no such state")),
         };
         Ok(Self {

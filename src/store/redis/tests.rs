@@ -3,19 +3,27 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex},
+    future::pending,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
+use futures_util::future::join_all;
+
 use redis::{Cmd, Pipeline, RedisFuture, RedisResult, Value, aio::ConnectionLike};
-use tokio::time::Instant;
+use tokio::{sync::oneshot, time::Instant};
 
 use super::{
     RedisStore, RedisStoreBuilder, Said, address,
     connection::{Connection, Settings},
-    flight::{Flight, Kind, Replicas},
+    flight::{Flight, Kind, Landed, Replicas},
     outbox::Outbox,
+    piece::{self, Parcel},
     tls::Certificates,
+    together::{Asked, PATIENCE},
     way::Way,
 };
 use crate::error::StoreErrorKind;
@@ -25,6 +33,10 @@ use crate::error::StoreErrorKind;
 struct Told {
     answers: Arc<Mutex<VecDeque<RedisResult<Value>>>>,
     asked: Arc<Mutex<Vec<Instant>>>,
+    /// How many commands came at once.
+    pieces: Arc<Mutex<Vec<usize>>>,
+    /// Answers nobody.
+    is_silent: Arc<AtomicBool>,
 }
 
 impl Told {
@@ -37,6 +49,17 @@ impl Told {
     fn asked(&self) -> Vec<Instant> {
         self.asked.lock().unwrap().clone()
     }
+
+    fn pieces(&self) -> Vec<usize> {
+        self.pieces.lock().unwrap().clone()
+    }
+
+    async fn unless_silent<T>(&self, answer: T) -> T {
+        match self.is_silent.load(Relaxed) {
+            true => pending().await,
+            false => answer,
+        }
+    }
 }
 
 impl ConnectionLike for Told {
@@ -44,11 +67,17 @@ impl ConnectionLike for Told {
         self.asked.lock().unwrap().push(Instant::now());
         let answer = self.answers.lock().unwrap().pop_front();
         let nothing = Value::BulkString(Vec::new());
-        Box::pin(async move { answer.unwrap_or(Ok(nothing)) })
+        Box::pin(self.unless_silent(answer.unwrap_or(Ok(nothing))))
     }
 
-    fn req_packed_commands<'a>(&'a mut self, _: &'a Pipeline, _: usize, _: usize) -> RedisFuture<'a, Vec<Value>> {
-        Box::pin(async { Ok(Vec::new()) })
+    fn req_packed_commands<'a>(
+        &'a mut self,
+        commands: &'a Pipeline,
+        _: usize,
+        _: usize,
+    ) -> RedisFuture<'a, Vec<Value>> {
+        self.pieces.lock().unwrap().push(commands.len());
+        Box::pin(self.unless_silent(Ok(vec![Value::Okay; commands.len()])))
     }
 
     fn get_db(&self) -> i64 {
@@ -116,11 +145,11 @@ fn connection(told: &Told, timeout: Duration) -> Connection {
 }
 
 /// A step of so many bytes, and so many that are asked before it.
-fn step(kind: Kind, length: usize, before: usize) -> Flight<'static> {
+fn step(kind: Kind, length: usize, before: usize) -> Flight {
     Flight {
-        key: b"key",
-        before: (before > 0).then(|| redis::cmd("PTTL").arg(vec![b'x'; before - 4]).clone()),
+        before: (before > 0).then(|| Box::new(redis::cmd("PTTL").arg(vec![b'x'; before - 4]).clone())),
         step: redis::cmd("SET").arg(vec![b'x'; length - 3]).clone(),
+        key_at: 1,
         after: None,
         kind,
     }
@@ -161,13 +190,7 @@ fn short_steps_go_together_when_others_are_under_way_to_one_server_of_which_no_r
 }
 
 async fn ask(connection: &Connection) -> RedisResult<Value> {
-    let flight = Flight {
-        key: b"key",
-        before: None,
-        step: redis::cmd("PING"),
-        after: None,
-        kind: Kind::Change,
-    };
+    let flight = Flight::alone(redis::cmd("PING"), 1, Kind::Change);
     connection.send(flight, connection.deadline()).await.answer
 }
 
@@ -207,6 +230,69 @@ async fn a_connection_that_has_ended_is_given_up_once_and_the_next_one_is_used()
         answers.map(Result::unwrap),
         ["second", "third"].map(|answer| Value::BulkString(answer.into()))
     );
+}
+
+/// A step that has to be answered by then.
+fn asked(deadline: Instant) -> (Asked<Parcel, Landed>, oneshot::Receiver<Landed>) {
+    let (told, said) = oneshot::channel();
+    let flight = Flight::alone(redis::cmd("PING"), 1, Kind::Change);
+    let step = Parcel { flight, deadline };
+    (Asked { step, told, number: 0 }, said)
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_the_steps_in_a_piece_that_is_not_answered_each_is_told_so_at_its_deadline() {
+    // Its connection is open, or is being opened.
+    for is_open in [true, false] {
+        let told = Told::default();
+        let connection = Arc::new(connection(&told, Duration::from_secs(10)));
+        if is_open {
+            ask(&connection).await.unwrap();
+        }
+        told.is_silent.store(true, Relaxed);
+        let start = Instant::now();
+        let deadlines = [7, 300, 50].map(Duration::from_millis);
+        let (steps, said): (Vec<_>, Vec<_>) = deadlines.into_iter().map(|after| asked(start + after)).unzip();
+        let heard = said.into_iter().map(async |said| {
+            let landed = said.await.unwrap();
+            (landed.answer.unwrap_err().is_timeout(), start.elapsed())
+        });
+        let (heard, ()) = tokio::join!(join_all(heard), piece::send_all(Arc::clone(&connection), steps));
+        for ((is_late, after), deadline) in heard.into_iter().zip(deadlines) {
+            let most = deadline + Duration::from_millis(2);
+            assert!(
+                is_late && (deadline..=most).contains(&after),
+                "{after:?} for {deadline:?}"
+            );
+        }
+        assert_eq!(told.pieces(), if is_open { vec![3] } else { vec![] });
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_left_goes_in_no_piece_and_a_piece_that_all_have_left_is_given_up() {
+    let told = Told::default();
+    let connection = Arc::new(connection(&told, Duration::from_secs(10)));
+    ask(&connection).await.unwrap();
+    let start = Instant::now();
+    let deadline = start + Duration::from_secs(10);
+    let ((first, said_first), (second, said_second)) = (asked(deadline), asked(deadline));
+    drop(said_first);
+    piece::send_all(Arc::clone(&connection), vec![first, second]).await;
+    assert_eq!(said_second.await.unwrap().answer.unwrap(), Value::Okay);
+    let (alone, said) = asked(deadline);
+    drop(said);
+    piece::send_all(Arc::clone(&connection), vec![alone]).await;
+    assert_eq!(told.pieces(), [1], "where nobody is left nothing goes");
+    told.is_silent.store(true, Relaxed);
+    let (left, said) = asked(deadline);
+    let leaves = async {
+        tokio::task::yield_now().await;
+        drop(said);
+    };
+    tokio::join!(piece::send_all(connection, vec![left]), leaves);
+    assert_eq!(told.pieces(), [1, 1]);
+    assert!(start.elapsed() <= PATIENCE * 2, "{:?}", start.elapsed());
 }
 
 #[tokio::test]

@@ -1,7 +1,6 @@
 //! What the tasks of a runtime are about to do in one moment, so that it is done at once.
 
 use std::{
-    collections::HashMap,
     future::{Future, poll_fn},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::Poll,
@@ -11,12 +10,15 @@ use std::{
 use tokio::{
     runtime::{Handle, Id},
     sync::oneshot,
-    time::{Instant, error::Elapsed, timeout_at},
+    time::{Instant, error::Elapsed, sleep, timeout_at},
 };
 
 /// Whoever was not seen to by then has another task see to all, as often as it takes: the one that was to do so may be behind
 /// something that blocks its thread.
-const PATIENCE: Duration = Duration::from_millis(20);
+pub(super) const PATIENCE: Duration = Duration::from_millis(20);
+
+/// There is room for so many from the start.
+const FEW: usize = 8;
 
 /// Steps that are about to be made. Those of each runtime are apart, since one that stands still must not hold up
 /// another's.
@@ -25,7 +27,10 @@ pub(super) struct Together<S, A> {
 }
 
 struct Waiting<S, A> {
-    of: HashMap<Id, Vec<Asked<S, A>>>,
+    /// Few, nearly always one.
+    of: Vec<(Id, Vec<Asked<S, A>>)>,
+    /// The runtimes that have a watch, and whether it is on duty.
+    watched: Vec<(Id, bool)>,
     /// Counts steps.
     next: u64,
 }
@@ -34,7 +39,7 @@ struct Waiting<S, A> {
 pub(super) struct Asked<S, A> {
     pub(super) step: S,
     pub(super) told: oneshot::Sender<A>,
-    number: u64,
+    pub(super) number: u64,
 }
 
 /// Why there is no answer. The step was made or not.
@@ -47,9 +52,13 @@ pub(super) enum Unanswered {
 
 impl<S, A> Default for Together<S, A> {
     fn default() -> Self {
-        let of = HashMap::new();
+        let waiting = Waiting {
+            of: Vec::new(),
+            watched: Vec::new(),
+            next: 0,
+        };
         Self {
-            waiting: Mutex::new(Waiting { of, next: 0 }),
+            waiting: Mutex::new(waiting),
         }
     }
 }
@@ -58,6 +67,9 @@ impl<S: Send + 'static, A: Send + 'static> Together<S, A> {
     /// Makes a step with the others that tasks of this runtime make before it has run through all that can go on. A task of
     /// its own makes them, by the first one's `make`: none of them may depend on whether somebody polls another. Those that
     /// nobody waits for any more by then are not made. Once there are enough, they are made without waiting for others.
+    ///
+    /// `make` answers each by its deadline. Until it is called a watch sees to that, or a timer for each where none is on duty
+    /// yet: many timers in one moment cost their runtime as much as the rest of this.
     pub(super) async fn join<C, F>(
         self: &Arc<Self>,
         step: S,
@@ -72,22 +84,26 @@ impl<S: Send + 'static, A: Send + 'static> Together<S, A> {
     {
         let runtime = Handle::current();
         let (told, mut said) = oneshot::channel();
-        let (number, count) = self.add(runtime.id(), step, told);
-        let turn = |waits: bool| {
-            let turn = Turn {
-                together: Some(Arc::clone(self)),
-                of: runtime.id(),
-            };
-            let with = Arc::clone(with);
-            runtime.spawn(async move {
-                if waits {
-                    go_to_the_end().await;
-                }
-                make(with, turn.take()).await;
-            });
-        };
+        let Added {
+            number,
+            count,
+            is_watched,
+            begins_watch,
+        } = self.add(runtime.id(), step, told);
+        let turn = |waits: bool| self.turn(&runtime, waits, with, make);
         if count == 1 || count == enough {
             turn(count < enough);
+        }
+        if begins_watch {
+            let watch = Watch {
+                together: Arc::clone(self),
+                of: runtime.id(),
+                is_over: false,
+            };
+            runtime.spawn(watch.keep(runtime.clone(), Arc::clone(with), make));
+        }
+        if is_watched {
+            return said.await.map_err(|_| Unanswered::Left);
         }
         loop {
             let patience = deadline.min(Instant::now() + PATIENCE);
@@ -104,27 +120,74 @@ impl<S: Send + 'static, A: Send + 'static> Together<S, A> {
         }
     }
 
-    /// Its number, and how many there are now.
-    fn add(&self, of: Id, step: S, told: oneshot::Sender<A>) -> (u64, usize) {
+    /// A task that makes what is to be made when it is its turn.
+    fn turn<C, F>(
+        self: &Arc<Self>,
+        runtime: &Handle,
+        waits: bool,
+        with: &Arc<C>,
+        make: fn(Arc<C>, Vec<Asked<S, A>>) -> F,
+    ) where
+        C: Send + Sync + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let turn = Turn {
+            together: Some(Arc::clone(self)),
+            of: runtime.id(),
+        };
+        let with = Arc::clone(with);
+        runtime.spawn(async move {
+            if waits {
+                // Twice: those who go on now may let others go on.
+                go_to_the_end().await;
+                go_to_the_end().await;
+            }
+            make(with, turn.take()).await;
+        });
+    }
+
+    fn add(&self, of: Id, step: S, told: oneshot::Sender<A>) -> Added {
         let mut waiting = self.waiting();
         let number = waiting.next;
         waiting.next += 1;
-        let steps = waiting.of.entry(of).or_default();
-        steps.push(Asked { step, told, number });
-        (number, steps.len())
+        let asked = Asked { step, told, number };
+        let count = match waiting.of(of) {
+            Some(place) => {
+                let (_, steps) = &mut waiting.of[place];
+                steps.push(asked);
+                steps.len()
+            }
+            None => {
+                let mut steps = Vec::with_capacity(FEW);
+                steps.push(asked);
+                waiting.of.push((of, steps));
+                1
+            }
+        };
+        let on_duty = waiting.on_duty(of).copied();
+        if on_duty.is_none() {
+            waiting.watched.push((of, false));
+        }
+        Added {
+            number,
+            count,
+            is_watched: on_duty == Some(true),
+            begins_watch: on_duty.is_none(),
+        }
     }
 
     /// Whether it is not made yet.
     fn has(&self, of: Id, number: u64) -> bool {
         let waiting = self.waiting();
-        let steps = waiting.of.get(&of);
+        let steps = waiting.of(of).map(|place| &waiting.of[place].1);
         steps.is_some_and(|steps| steps.iter().any(|asked| asked.number == number))
     }
 }
 
 impl<S, A> Together<S, A> {
     fn take(&self, of: Id) -> Vec<Asked<S, A>> {
-        self.waiting().of.remove(&of).map_or_else(Vec::new, wanted)
+        let taken = self.waiting().take(of);
+        wanted(taken)
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting<S, A>> {
@@ -132,10 +195,100 @@ impl<S, A> Together<S, A> {
     }
 }
 
+struct Added {
+    number: u64,
+    /// How many there are now.
+    count: usize,
+    is_watched: bool,
+    begins_watch: bool,
+}
+
+impl<S, A> Waiting<S, A> {
+    fn on_duty(&mut self, of: Id) -> Option<&mut bool> {
+        let watch = self.watched.iter_mut().find(|(runtime, _)| *runtime == of);
+        watch.map(|(_, on_duty)| on_duty)
+    }
+
+    fn is_no_longer_watched(&mut self, of: Id) {
+        self.watched.retain(|(runtime, _)| *runtime != of);
+    }
+
+    /// The place of a runtime's.
+    fn of(&self, of: Id) -> Option<usize> {
+        self.of.iter().position(|(runtime, _)| *runtime == of)
+    }
+
+    fn take(&mut self, of: Id) -> Vec<Asked<S, A>> {
+        match self.of(of) {
+            Some(place) => self.of.swap_remove(place).1,
+            None => Vec::new(),
+        }
+    }
+}
+
 /// Those that somebody waits for still.
 pub(super) fn wanted<S, A>(mut steps: Vec<Asked<S, A>>) -> Vec<Asked<S, A>> {
     steps.retain(|asked| !asked.told.is_closed());
     steps
+}
+
+/// Sees to it that the steps of a runtime are made, as long as there are any.
+struct Watch<S, A> {
+    together: Arc<Together<S, A>>,
+    of: Id,
+    /// There was nothing left to be watched.
+    is_over: bool,
+}
+
+impl<S: Send + 'static, A: Send + 'static> Watch<S, A> {
+    async fn keep<C, F>(mut self, runtime: Handle, with: Arc<C>, make: fn(Arc<C>, Vec<Asked<S, A>>) -> F)
+    where
+        C: Send + Sync + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        // Only now: where it was begun it may have been behind something that blocks its thread. From here on nothing wakes it
+        // but its timer.
+        if let Some(on_duty) = self.together.waiting().on_duty(self.of) {
+            *on_duty = true;
+        }
+        let mut seen = 0;
+        while let Some(next) = self.look(seen, |steps| steps.turn(&runtime, false, &with, make)) {
+            seen = next;
+            sleep(PATIENCE).await;
+        }
+    }
+
+    /// What comes next is a step of this number. `None` if none came since the last look, and none is left from before.
+    fn look(&mut self, seen: u64, make_all: impl FnOnce(&Arc<Together<S, A>>)) -> Option<u64> {
+        let mut waiting = self.together.waiting();
+        let steps = waiting.of(self.of).map(|place| &waiting.of[place].1);
+        let is_late = steps.is_some_and(|steps| steps.iter().any(|asked| asked.number < seen));
+        let (next, is_idle) = (waiting.next, steps.is_none() && waiting.next == seen);
+        if is_idle {
+            // Under the same lock under which others come.
+            waiting.is_no_longer_watched(self.of);
+            self.is_over = true;
+        }
+        drop(waiting);
+        if is_late {
+            make_all(&self.together);
+        }
+        (!is_idle).then_some(next)
+    }
+}
+
+impl<S, A> Drop for Watch<S, A> {
+    /// Its runtime is gone: nobody makes what is left.
+    fn drop(&mut self) {
+        if !self.is_over {
+            let left = {
+                let mut waiting = self.together.waiting();
+                waiting.is_no_longer_watched(self.of);
+                waiting.take(self.of)
+            };
+            drop(left);
+        }
+    }
 }
 
 /// The duty to make the steps of a runtime.
@@ -208,6 +361,14 @@ mod tests {
         }
     }
 
+    fn watch(together: &Arc<Doubling>) -> Watch<u32, u32> {
+        Watch {
+            together: Arc::clone(together),
+            of: Handle::current().id(),
+            is_over: false,
+        }
+    }
+
     async fn join(together: &Arc<Doubling>, step: u32, enough: usize, made: &Arc<Made>) -> Result<u32, Unanswered> {
         let deadline = Instant::now() + Duration::from_secs(1);
         together.join(step, enough, deadline, made, double).await
@@ -252,16 +413,61 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_is_not_seen_to_sees_to_all() {
+    async fn who_is_not_seen_to_sees_to_all_where_no_watch_is_on_duty() {
         let (together, made): (Arc<Doubling>, Arc<Made>) = (Arc::default(), Arc::default());
-        // As if the first one's turn were behind something that blocks.
+        // As if the first one's turn were behind something that blocks, and the watch that it began.
         let (told, said) = oneshot::channel();
-        together.add(Handle::current().id(), 1, told);
+        assert!(together.add(Handle::current().id(), 1, told).begins_watch);
         let start = Instant::now();
         assert_eq!(join(&together, 2, 50, &made).await.unwrap(), 4);
         assert_eq!(said.await.unwrap(), 2);
         assert!(start.elapsed() >= PATIENCE);
         assert_eq!(*made.0.lock().unwrap(), [2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_sees_to_those_who_are_not_seen_to_until_there_are_none() {
+        let (together, made): (Arc<Doubling>, Arc<Made>) = (Arc::default(), Arc::default());
+        let (start, id) = (Instant::now(), Handle::current().id());
+        let add = |step| {
+            let (told, said) = oneshot::channel();
+            (together.add(id, step, told), said)
+        };
+        // As if nobody had been given the turn.
+        let (first, said_first) = add(1);
+        assert!(first.begins_watch && !first.is_watched);
+        let kept = tokio::spawn(watch(&together).keep(Handle::current(), Arc::clone(&made), double));
+        go_to_the_end().await;
+        let (second, said_second) = add(2);
+        assert!(!second.begins_watch && second.is_watched);
+        assert_eq!((said_first.await.unwrap(), said_second.await.unwrap()), (2, 4));
+        assert!(
+            (PATIENCE..=PATIENCE * 2).contains(&start.elapsed()),
+            "{:?}",
+            start.elapsed()
+        );
+        // Who comes while it is on duty is seen to, too.
+        assert_eq!(join(&together, 3, 50, &made).await.unwrap(), 6);
+        kept.await.unwrap();
+        assert!(start.elapsed() <= PATIENCE * 4, "{:?}", start.elapsed());
+        assert_eq!(*made.0.lock().unwrap(), [2, 1]);
+        assert!(add(4).0.begins_watch, "the next one begins another");
+    }
+
+    #[test]
+    fn those_who_are_watched_are_told_when_their_runtime_is_gone() {
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        let (together, made): (Arc<Doubling>, Arc<Made>) = (Arc::default(), Arc::default());
+        let (told, said) = oneshot::channel();
+        runtime.block_on(async {
+            assert!(together.add(Handle::current().id(), 1, told).begins_watch);
+            tokio::spawn(watch(&together).keep(Handle::current(), made, double));
+            go_to_the_end().await;
+            assert_eq!(together.waiting().on_duty(Handle::current().id()), Some(&mut true));
+        });
+        drop(runtime);
+        assert!(said.blocking_recv().is_err());
+        assert!(together.waiting().watched.is_empty());
     }
 
     /// Blocks its thread at the `poll`th poll of a step that is about to be made, until it is let go.
@@ -302,6 +508,8 @@ mod tests {
             }
         };
         let (blocked, blocks) = channel();
+        // One that never comes on duty.
+        together.waiting().watched.push((runtime.handle().id(), false));
         // The first has its turn in a place from which nobody takes it: next on the thread that it blocks. The second has
         // lost its patience by then, and blocks another thread with the turn that follows from that.
         let first = runtime.spawn(block_at(1, step(1), blocked.clone()));
@@ -314,6 +522,40 @@ mod tests {
         assert_eq!(runtime.block_on(second).unwrap(), 4);
         let made: usize = made.0.lock().unwrap().iter().sum();
         assert_eq!(made, 3, "each once");
+    }
+
+    #[test]
+    fn steps_behind_a_thread_that_is_blocked_are_made_by_the_watch() {
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (together, made): (Arc<Doubling>, Arc<Made>) = Default::default();
+        let _entered = runtime.enter();
+        let id = runtime.handle().id();
+        // What is there keeps the watch on duty.
+        let (told, said) = oneshot::channel();
+        assert!(together.add(id, 1, told).begins_watch);
+        runtime.spawn(watch(&together).keep(runtime.handle().clone(), Arc::clone(&made), double));
+        runtime.block_on(async {
+            while !matches!(together.waiting().on_duty(id), Some(true)) {
+                tokio::task::yield_now().await;
+            }
+        });
+        let step = |step| {
+            let (together, made) = (Arc::clone(&together), Arc::clone(&made));
+            async move { join(&together, step, 2, &made).await }
+        };
+        let (blocked, blocks) = channel();
+        // Makes enough of them, so that it has the turn: next on the thread that it blocks.
+        let blocking = runtime.spawn(block_at(1, step(2), blocked));
+        let block = blocks.recv().unwrap();
+        let third = runtime.spawn(step(3));
+        let answers = runtime.block_on(async { (said.await.unwrap(), third.await.unwrap().unwrap()) });
+        assert_eq!(answers, (2, 6));
+        drop(block);
+        assert_eq!(runtime.block_on(blocking).unwrap(), 4);
     }
 
     #[test]

@@ -148,7 +148,8 @@ impl Link {
             return self.send(command).await;
         };
         let primary = SingleNodeRoutingInfo::SpecificNode(Route::with_key(key, SlotAddr::Master));
-        let answer = connection.route_command(command.clone(), RoutingInfo::SingleNode(primary));
+        // Boxed: it is large, and whoever asks one server would carry it about.
+        let answer = Box::pin(connection.route_command(command.clone(), RoutingInfo::SingleNode(primary)));
         answer.await.and_then(Value::extract_error)
     }
 
@@ -159,7 +160,8 @@ impl Link {
             Self::Single(connection) => connection.send_packed_commands(&commands, 0, count).await,
             Self::Cluster(connection) => {
                 let route = SingleNodeRoutingInfo::SpecificNode(Route::with_key(key, SlotAddr::Master));
-                connection.route_pipeline(commands, 0, count, route).await
+                // Boxed, as above.
+                Box::pin(connection.route_pipeline(commands, 0, count, route)).await
             }
             Self::Own(connection) => connection.req_packed_commands(&commands, 0, count).await,
         }
