@@ -173,7 +173,7 @@ impl StoredResponse {
 }
 
 /// Whether this is an answer that [`decode`](StoredResponse::decode) reads. Makes nothing of it: a store, which only passes
-/// answers on, need not build their fields.
+/// answers on, need not build their fields. That there are more than a map of them takes is noticed only then.
 fn check(mut rest: &[u8]) -> Result<(), StoreError> {
     let head = Head::take(&mut rest)?;
     check_fields(&mut rest, head.headers_length)?;

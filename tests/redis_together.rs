@@ -254,6 +254,13 @@ fn a_thread_that_is_blocked_holds_up_no_step_on_another() {
     // They are under way until somebody asks for their answers.
     let mut others = all(&store, 0..8);
     network.block_on(poll_all(&mut others));
+    // Others go on all the while.
+    let own = store.clone();
+    let mut going_on = runtime.spawn(async move {
+        for number in 100.. {
+            assert!(is_acquired(&beginning(&own, number).await));
+        }
+    });
     let own = store.clone();
     let blocking = runtime.spawn(async move {
         let mut step = all(&own, 8..9);
@@ -267,6 +274,12 @@ fn a_thread_that_is_blocked_holds_up_no_step_on_another() {
     let own = store.clone();
     let another = runtime.spawn(async move { is_acquired(&beginning(&own, 9).await) });
     assert!(runtime.block_on(another).unwrap());
+    assert!(runtime.block_on(async {
+        poll_fn(|cx| Poll::Ready(Pin::new(&mut going_on).poll(cx)))
+            .await
+            .is_pending()
+    }));
+    going_on.abort();
     release.send(()).unwrap();
     assert!(runtime.block_on(blocking).unwrap());
     assert!(network.block_on(join_all(others)).iter().all(is_acquired));

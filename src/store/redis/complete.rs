@@ -187,8 +187,10 @@ impl Inner {
         join_all(sent).await;
     }
 
-    async fn send_together(&self, waiting: Vec<Waiting>) {
-        // All of them were begun in one moment.
+    async fn send_together(&self, mut waiting: Vec<Waiting>) {
+        // They were begun in one moment, but for those that nobody saw to for long.
+        let now = Instant::now();
+        waiting.retain(|one| one.step.deadline > now);
         let Some(deadline) = waiting.iter().map(|one| one.step.deadline).min() else {
             return;
         };

@@ -1,6 +1,7 @@
 //! One connection to the server, which every step of every clone shares, and a deadline on each of them.
 
 use std::{
+    error::Error,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -8,7 +9,7 @@ use std::{
 use redis::{RedisError, RedisResult, Value};
 use tokio::{
     sync::watch,
-    time::{Instant, error::Elapsed, sleep, timeout, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use super::{
@@ -282,8 +283,8 @@ fn after(now: Instant, time: Duration) -> Instant {
         .unwrap_or(now + Duration::from_secs(365 * 24 * 60 * 60))
 }
 
-pub(super) fn late(elapsed: Elapsed) -> RedisError {
-    std::io::Error::new(std::io::ErrorKind::TimedOut, elapsed).into()
+pub(super) fn late(why: impl Into<Box<dyn Error + Send + Sync>>) -> RedisError {
+    std::io::Error::new(std::io::ErrorKind::TimedOut, why).into()
 }
 
 /// An answer that no version of the server gives.

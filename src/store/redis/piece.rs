@@ -64,7 +64,8 @@ async fn send(connection: &Connection, parcels: Vec<Asked<Parcel, Landed>>) {
             Err(NobodyWaits { .. }) => return,
         },
     };
-    // As if whoever left meanwhile had sent it.
+    // As if whoever is late, or left meanwhile, had sent it.
+    waiters.tell_late(|| late("it was not sent in time"));
     let mut piece = Piece::with_capacity(flights.len());
     let mut flights = flights.into_iter();
     waiters.0.retain(|waiter| match flights.next() {
@@ -107,7 +108,7 @@ impl Waiter {
 struct Waiters(Vec<Waiter>);
 
 struct NobodyWaits {
-    /// What somebody was told whose time was over.
+    /// If there was no answer within somebody's time.
     late: Option<RedisError>,
 }
 
@@ -121,7 +122,7 @@ impl Waiters {
                 Ok(done) => return Ok(done),
                 Err(elapsed) => {
                     let error = late(elapsed);
-                    if self.tell_late(&error) {
+                    if self.tell_late(|| error.clone()) {
                         late_error = Some(error);
                     }
                 }
@@ -137,16 +138,15 @@ impl Waiters {
         Some(first.min(Instant::now() + PATIENCE))
     }
 
-    /// Whether somebody was.
-    fn tell_late(&mut self, error: &RedisError) -> bool {
-        let now = Instant::now();
-        let mut late = self
-            .0
-            .iter_mut()
-            .filter(|waiter| waiter.waits() && waiter.deadline <= now)
-            .peekable();
-        let is_anybody = late.peek().is_some();
-        late.for_each(|waiter| waiter.tell(Landed::failed(error.clone())));
+    /// Whether somebody's time is over; who kept to it by a timer of its own has left, and was late as well.
+    fn tell_late(&mut self, error: impl Fn() -> RedisError) -> bool {
+        let (now, mut is_anybody) = (Instant::now(), false);
+        for waiter in &mut self.0 {
+            if waiter.told.is_some() && waiter.deadline <= now {
+                waiter.tell(Landed::failed(error()));
+                is_anybody = true;
+            }
+        }
         is_anybody
     }
 

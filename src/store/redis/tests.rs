@@ -13,8 +13,11 @@ use std::{
 
 use futures_util::future::join_all;
 
-use redis::{Cmd, Pipeline, RedisFuture, RedisResult, Value, aio::ConnectionLike};
-use tokio::{sync::oneshot, time::Instant};
+use redis::{Arg, Cmd, Pipeline, RedisError, RedisFuture, RedisResult, Value, aio::ConnectionLike};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, sleep, timeout_at},
+};
 
 use super::{
     RedisStore, RedisStoreBuilder, Said, address,
@@ -33,7 +36,7 @@ use crate::error::StoreErrorKind;
 struct Told {
     answers: Arc<Mutex<VecDeque<RedisResult<Value>>>>,
     asked: Arc<Mutex<Vec<Instant>>>,
-    /// How many commands came at once.
+    /// How many commands came at once. Each is answered with its last argument.
     pieces: Arc<Mutex<Vec<usize>>>,
     /// Answers nobody.
     is_silent: Arc<AtomicBool>,
@@ -77,7 +80,12 @@ impl ConnectionLike for Told {
         _: usize,
     ) -> RedisFuture<'a, Vec<Value>> {
         self.pieces.lock().unwrap().push(commands.len());
-        Box::pin(self.unless_silent(Ok(vec![Value::Okay; commands.len()])))
+        let last = |command: &Cmd| match command.args_iter().last() {
+            Some(Arg::Simple(last)) => Value::BulkString(last.to_vec()),
+            _ => Value::Nil,
+        };
+        let answers = commands.cmd_iter().map(last).collect();
+        Box::pin(self.unless_silent(Ok(answers)))
     }
 
     fn get_db(&self) -> i64 {
@@ -232,10 +240,10 @@ async fn a_connection_that_has_ended_is_given_up_once_and_the_next_one_is_used()
     );
 }
 
-/// A step that has to be answered by then.
-fn asked(deadline: Instant) -> (Asked<Parcel, Landed>, oneshot::Receiver<Landed>) {
+/// A step that has to be answered by then, with this.
+fn asked(answer: &str, deadline: Instant) -> (Asked<Parcel, Landed>, oneshot::Receiver<Landed>) {
     let (told, said) = oneshot::channel();
-    let flight = Flight::alone(redis::cmd("PING"), 1, Kind::Change);
+    let flight = Flight::alone(redis::cmd("ECHO").arg(answer).take(), 1, Kind::Change);
     let step = Parcel { flight, deadline };
     (Asked { step, told, number: 0 }, said)
 }
@@ -252,7 +260,7 @@ async fn of_the_steps_in_a_piece_that_is_not_answered_each_is_told_so_at_its_dea
         told.is_silent.store(true, Relaxed);
         let start = Instant::now();
         let deadlines = [7, 300, 50].map(Duration::from_millis);
-        let (steps, said): (Vec<_>, Vec<_>) = deadlines.into_iter().map(|after| asked(start + after)).unzip();
+        let (steps, said): (Vec<_>, Vec<_>) = deadlines.into_iter().map(|after| asked("", start + after)).unzip();
         let heard = said.into_iter().map(async |said| {
             let landed = said.await.unwrap();
             (landed.answer.unwrap_err().is_timeout(), start.elapsed())
@@ -276,23 +284,56 @@ async fn whoever_left_goes_in_no_piece_and_a_piece_that_all_have_left_is_given_u
     ask(&connection).await.unwrap();
     let start = Instant::now();
     let deadline = start + Duration::from_secs(10);
-    let ((first, said_first), (second, said_second)) = (asked(deadline), asked(deadline));
-    drop(said_first);
-    piece::send_all(Arc::clone(&connection), vec![first, second]).await;
-    assert_eq!(said_second.await.unwrap().answer.unwrap(), Value::Okay);
-    let (alone, said) = asked(deadline);
+    let (steps, mut said): (Vec<_>, Vec<_>) = ["first", "second", "third", "late"]
+        .into_iter()
+        .map(|name| asked(name, if name == "late" { start } else { deadline }))
+        .unzip();
+    drop(said.remove(1));
+    piece::send_all(Arc::clone(&connection), steps).await;
+    let answers = join_all(said).await.into_iter().map(|landed| landed.unwrap().answer);
+    let answers: Vec<_> = answers.collect();
+    let is = |answer: &RedisResult<Value>, name: &str| *answer == Ok(Value::BulkString(name.into()));
+    assert!(is(&answers[0], "first") && is(&answers[1], "third"), "{answers:?}");
+    assert!(answers[2].as_ref().is_err_and(RedisError::is_timeout), "{answers:?}");
+    let (alone, said) = asked("", deadline);
     drop(said);
     piece::send_all(Arc::clone(&connection), vec![alone]).await;
-    assert_eq!(told.pieces(), [1], "where nobody is left nothing goes");
+    assert_eq!(told.pieces(), [2], "where nobody is left nothing goes");
     told.is_silent.store(true, Relaxed);
-    let (left, said) = asked(deadline);
+    let (left, said) = asked("", deadline);
     let leaves = async {
         tokio::task::yield_now().await;
         drop(said);
     };
     tokio::join!(piece::send_all(connection, vec![left]), leaves);
-    assert_eq!(told.pieces(), [1, 1]);
+    assert_eq!(told.pieces(), [2, 1]);
     assert!(start.elapsed() <= PATIENCE * 2, "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_answers_no_piece_in_time_is_given_up_whoever_notices() {
+    let told = Told::default();
+    let timeout = Duration::from_millis(10);
+    let connection = Arc::new(connection(&told, timeout));
+    ask(&connection).await.unwrap();
+    told.is_silent.store(true, Relaxed);
+    // The second is late for longer than a connection is borne that mends itself.
+    for pause in [0, 50] {
+        sleep(Duration::from_millis(pause)).await;
+        let deadline = Instant::now() + timeout;
+        let (step, said) = asked("", deadline);
+        // By a timer of its own, which is set before that of the piece.
+        let leaves = tokio::spawn(async move { drop(timeout_at(deadline, said).await) });
+        tokio::task::yield_now().await;
+        let sent = tokio::spawn(piece::send_all(Arc::clone(&connection), vec![step]));
+        leaves.await.unwrap();
+        sent.await.unwrap();
+    }
+    told.is_silent.store(false, Relaxed);
+    let before = told.asked().len();
+    // There is a pause before the opening.
+    while ask(&connection).await.is_err() {}
+    assert_eq!(told.asked().len(), before + 2, "a question at an opening, and the step");
 }
 
 #[tokio::test]

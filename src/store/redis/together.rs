@@ -13,8 +13,8 @@ use tokio::{
     time::{Instant, error::Elapsed, sleep, timeout_at},
 };
 
-/// Whoever was not seen to by then has another task see to all, as often as it takes: the one that was to do so may be behind
-/// something that blocks its thread.
+/// How long is waited for a task that is to make steps, before another one is to do so, as often as it takes: the first may be
+/// behind something that blocks its thread.
 pub(super) const PATIENCE: Duration = Duration::from_millis(20);
 
 /// There is room for so many from the start.
@@ -29,10 +29,17 @@ pub(super) struct Together<S, A> {
 struct Waiting<S, A> {
     /// Few, nearly always one.
     of: Vec<(Id, Vec<Asked<S, A>>)>,
-    /// The runtimes that have a watch, and whether it is on duty.
-    watched: Vec<(Id, bool)>,
+    watched: Vec<Watched>,
     /// Counts steps.
     next: u64,
+}
+
+/// A runtime that has a watch.
+struct Watched {
+    of: Id,
+    on_duty: bool,
+    /// Since the last look.
+    has_come: bool,
 }
 
 /// A step, and who waits for its answer.
@@ -68,8 +75,8 @@ impl<S: Send + 'static, A: Send + 'static> Together<S, A> {
     /// its own makes them, by the first one's `make`: none of them may depend on whether somebody polls another. Those that
     /// nobody waits for any more by then are not made. Once there are enough, they are made without waiting for others.
     ///
-    /// `make` answers each by its deadline. Until it is called a watch sees to that, or a timer for each where none is on duty
-    /// yet: many timers in one moment cost their runtime as much as the rest of this.
+    /// `make` answers each by its deadline. A watch sees to it that it is called, within two of its looks; where none is on duty
+    /// yet each step has a timer instead. Timers by the thousand cost their runtime as much as the rest of this.
     pub(super) async fn join<C, F>(
         self: &Arc<Self>,
         step: S,
@@ -151,7 +158,7 @@ impl<S: Send + 'static, A: Send + 'static> Together<S, A> {
         let number = waiting.next;
         waiting.next += 1;
         let asked = Asked { step, told, number };
-        let count = match waiting.of(of) {
+        let count = match waiting.place(of) {
             Some(place) => {
                 let (_, steps) = &mut waiting.of[place];
                 steps.push(asked);
@@ -164,22 +171,32 @@ impl<S: Send + 'static, A: Send + 'static> Together<S, A> {
                 1
             }
         };
-        let on_duty = waiting.on_duty(of).copied();
-        if on_duty.is_none() {
-            waiting.watched.push((of, false));
-        }
+        let (is_watched, begins_watch) = match waiting.watched(of) {
+            Some(watched) => {
+                watched.has_come = true;
+                (watched.on_duty, false)
+            }
+            None => {
+                waiting.watched.push(Watched {
+                    of,
+                    on_duty: false,
+                    has_come: true,
+                });
+                (false, true)
+            }
+        };
         Added {
             number,
             count,
-            is_watched: on_duty == Some(true),
-            begins_watch: on_duty.is_none(),
+            is_watched,
+            begins_watch,
         }
     }
 
     /// Whether it is not made yet.
     fn has(&self, of: Id, number: u64) -> bool {
         let waiting = self.waiting();
-        let steps = waiting.of(of).map(|place| &waiting.of[place].1);
+        let steps = waiting.place(of).map(|place| &waiting.of[place].1);
         steps.is_some_and(|steps| steps.iter().any(|asked| asked.number == number))
     }
 }
@@ -204,22 +221,21 @@ struct Added {
 }
 
 impl<S, A> Waiting<S, A> {
-    fn on_duty(&mut self, of: Id) -> Option<&mut bool> {
-        let watch = self.watched.iter_mut().find(|(runtime, _)| *runtime == of);
-        watch.map(|(_, on_duty)| on_duty)
+    fn watched(&mut self, of: Id) -> Option<&mut Watched> {
+        self.watched.iter_mut().find(|watched| watched.of == of)
     }
 
     fn is_no_longer_watched(&mut self, of: Id) {
-        self.watched.retain(|(runtime, _)| *runtime != of);
+        self.watched.retain(|watched| watched.of != of);
     }
 
-    /// The place of a runtime's.
-    fn of(&self, of: Id) -> Option<usize> {
+    /// That of a runtime's steps.
+    fn place(&self, of: Id) -> Option<usize> {
         self.of.iter().position(|(runtime, _)| *runtime == of)
     }
 
     fn take(&mut self, of: Id) -> Vec<Asked<S, A>> {
-        match self.of(of) {
+        match self.place(of) {
             Some(place) => self.of.swap_remove(place).1,
             None => Vec::new(),
         }
@@ -240,6 +256,12 @@ struct Watch<S, A> {
     is_over: bool,
 }
 
+struct Look {
+    /// What comes next is a step of this number.
+    next: u64,
+    finds_left: bool,
+}
+
 impl<S: Send + 'static, A: Send + 'static> Watch<S, A> {
     async fn keep<C, F>(mut self, runtime: Handle, with: Arc<C>, make: fn(Arc<C>, Vec<Asked<S, A>>) -> F)
     where
@@ -248,32 +270,36 @@ impl<S: Send + 'static, A: Send + 'static> Watch<S, A> {
     {
         // Only now: where it was begun it may have been behind something that blocks its thread. From here on nothing wakes it
         // but its timer.
-        if let Some(on_duty) = self.together.waiting().on_duty(self.of) {
-            *on_duty = true;
+        if let Some(watched) = self.together.waiting().watched(self.of) {
+            watched.on_duty = true;
         }
         let mut seen = 0;
-        while let Some(next) = self.look(seen, |steps| steps.turn(&runtime, false, &with, make)) {
-            seen = next;
+        while let Some(look) = self.look(seen) {
+            if look.finds_left {
+                self.together.turn(&runtime, false, &with, make);
+            }
+            seen = look.next;
             sleep(PATIENCE).await;
         }
     }
 
-    /// What comes next is a step of this number. `None` if none came since the last look, and none is left from before.
-    fn look(&mut self, seen: u64, make_all: impl FnOnce(&Arc<Together<S, A>>)) -> Option<u64> {
+    /// Whether steps with smaller numbers than this are left. `None` if none came since the last look, and none is left.
+    fn look(&mut self, seen: u64) -> Option<Look> {
         let mut waiting = self.together.waiting();
-        let steps = waiting.of(self.of).map(|place| &waiting.of[place].1);
-        let is_late = steps.is_some_and(|steps| steps.iter().any(|asked| asked.number < seen));
-        let (next, is_idle) = (waiting.next, steps.is_none() && waiting.next == seen);
-        if is_idle {
+        let next = waiting.next;
+        let steps = waiting.place(self.of).map(|place| &waiting.of[place].1);
+        let finds_left = steps.is_some_and(|steps| steps.iter().any(|asked| asked.number < seen));
+        let is_empty = steps.is_none();
+        let has_come = waiting
+            .watched(self.of)
+            .is_some_and(|watched| std::mem::take(&mut watched.has_come));
+        if is_empty && !has_come {
             // Under the same lock under which others come.
             waiting.is_no_longer_watched(self.of);
             self.is_over = true;
+            return None;
         }
-        drop(waiting);
-        if is_late {
-            make_all(&self.together);
-        }
-        (!is_idle).then_some(next)
+        Some(Look { next, finds_left })
     }
 }
 
@@ -463,7 +489,8 @@ mod tests {
             assert!(together.add(Handle::current().id(), 1, told).begins_watch);
             tokio::spawn(watch(&together).keep(Handle::current(), made, double));
             go_to_the_end().await;
-            assert_eq!(together.waiting().on_duty(Handle::current().id()), Some(&mut true));
+            let of = Handle::current().id();
+            assert!(together.waiting().watched(of).is_some_and(|watched| watched.on_duty));
         });
         drop(runtime);
         assert!(said.blocking_recv().is_err());
@@ -509,7 +536,11 @@ mod tests {
         };
         let (blocked, blocks) = channel();
         // One that never comes on duty.
-        together.waiting().watched.push((runtime.handle().id(), false));
+        together.waiting().watched.push(Watched {
+            of: runtime.handle().id(),
+            on_duty: false,
+            has_come: false,
+        });
         // The first has its turn in a place from which nobody takes it: next on the thread that it blocks. The second has
         // lost its patience by then, and blocks another thread with the turn that follows from that.
         let first = runtime.spawn(block_at(1, step(1), blocked.clone()));
@@ -539,19 +570,19 @@ mod tests {
         assert!(together.add(id, 1, told).begins_watch);
         runtime.spawn(watch(&together).keep(runtime.handle().clone(), Arc::clone(&made), double));
         runtime.block_on(async {
-            while !matches!(together.waiting().on_duty(id), Some(true)) {
+            while !together.waiting().watched(id).is_some_and(|watched| watched.on_duty) {
                 tokio::task::yield_now().await;
             }
         });
-        let step = |step| {
+        let step = |step, enough| {
             let (together, made) = (Arc::clone(&together), Arc::clone(&made));
-            async move { join(&together, step, 2, &made).await }
+            async move { join(&together, step, enough, &made).await }
         };
         let (blocked, blocks) = channel();
         // Makes enough of them, so that it has the turn: next on the thread that it blocks.
-        let blocking = runtime.spawn(block_at(1, step(2), blocked));
+        let blocking = runtime.spawn(block_at(1, step(2, 2), blocked));
         let block = blocks.recv().unwrap();
-        let third = runtime.spawn(step(3));
+        let third = runtime.spawn(step(3, 50));
         let answers = runtime.block_on(async { (said.await.unwrap(), third.await.unwrap().unwrap()) });
         assert_eq!(answers, (2, 6));
         drop(block);
