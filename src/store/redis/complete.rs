@@ -171,6 +171,8 @@ impl Inner {
                 self.queue.is_closed.fetch_or(is_of_several_places(&error), Relaxed);
                 Ok(false)
             }
+            // It was the time of another one of them that was over.
+            Ok(Err(error)) if error.is_timeout() && Instant::now() < deadline => Ok(false),
             Ok(Err(error)) => Err(classify(error)),
             Err(Unanswered::Left) => Ok(false),
             Err(Unanswered::Late(elapsed)) => Err(classify(late(elapsed))),

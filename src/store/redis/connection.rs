@@ -107,6 +107,10 @@ impl Connection {
             Ok(link) => link,
             Err(error) => return Landed::failed(error),
         };
+        if Instant::now() >= deadline {
+            // It says nothing of the connection.
+            return Landed::failed(late("it was not sent in time"));
+        }
         let landed = timeout_at(deadline, flight.fly(&mut link, self.settings.replicas)).await;
         let landed = landed.unwrap_or_else(|elapsed| Landed::failed(late(elapsed)));
         self.note(number, landed.answer.as_ref().err());
