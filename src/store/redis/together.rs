@@ -76,7 +76,7 @@ impl<S: Send + 'static, A: Send + 'static> Together<S, A> {
     /// nobody waits for any more by then are not made. Once there are enough, they are made without waiting for others.
     ///
     /// `make` answers each by its deadline. A watch sees to it that it is called, within two of its looks; where none is on duty
-    /// yet each step has a timer instead. Timers by the thousand cost their runtime as much as the rest of this.
+    /// yet each step has a timer instead. Those of a runtime share one lock, and took a twentieth of the time of many steps.
     pub(super) async fn join<C, F>(
         self: &Arc<Self>,
         step: S,
@@ -243,7 +243,7 @@ impl<S, A> Waiting<S, A> {
 }
 
 /// Those that somebody waits for still.
-pub(super) fn wanted<S, A>(mut steps: Vec<Asked<S, A>>) -> Vec<Asked<S, A>> {
+fn wanted<S, A>(mut steps: Vec<Asked<S, A>>) -> Vec<Asked<S, A>> {
     steps.retain(|asked| !asked.told.is_closed());
     steps
 }
