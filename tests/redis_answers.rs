@@ -85,7 +85,7 @@ async fn an_account_that_may_not_ask_what_the_server_is_works_with_and_is_refuse
 async fn an_account_with_the_commands_that_the_page_names_does_all_there_is_to_do() {
     let server = Redis::start(&[]);
     let commands =
-        "+set +get +getex +setrange +del +pttl +pexpire +eval +evalsha +subscribe +unsubscribe +publish +pubsub";
+        "+set +get +mget +getex +setrange +del +pttl +pexpire +eval +evalsha +subscribe +unsubscribe +publish +pubsub";
     let mut account = vec![
         "ACL",
         "SETUSER",

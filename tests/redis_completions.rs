@@ -34,10 +34,13 @@ async fn compares(server: &Redis) -> bool {
 
 /// A store that does not know what the server is, and so sends it nothing but scripts.
 async fn by_script(server: &Redis) -> RedisStore {
-    server
-        .say(&["ACL", "SETUSER", "app", "on", ">secret", "~*", "&*", "+@all", "-info"])
-        .await;
-    let url = format!("redis://app:secret@{}", server.host());
+    with_account(server, "app", &["-info"]).await
+}
+
+async fn with_account(server: &Redis, name: &str, rights: &[&str]) -> RedisStore {
+    let account = ["ACL", "SETUSER", name, "on", ">secret", "~*", "&*", "+@all"];
+    server.say(&[&account, rights].concat()).await;
+    let url = format!("redis://{name}:secret@{}", server.host());
     RedisStore::connect(&url).await.unwrap()
 }
 
@@ -148,6 +151,9 @@ async fn of_completions_that_share_a_script_each_ends_as_it_would_alone() {
     for store in [
         by_script(&server).await,
         RedisStore::connect(&server.url()).await.unwrap(),
+        // Whoever may not read several records at once, and whoever may not ask who listens.
+        with_account(&server, "one", &["-info", "-mget"]).await,
+        with_account(&server, "deaf", &["-info", "-pubsub"]).await,
     ] {
         server.say(&["FLUSHALL"]).await;
         let mut leases = acquire_all(&store, 8).await;
@@ -221,6 +227,27 @@ async fn those_who_wait_hear_of_completions_of_one_moment_and_nothing_is_publish
         }
         assert_eq!(server.calls("publish").await - published, 3);
     }
+}
+
+#[tokio::test]
+async fn where_nobody_listens_a_shared_script_asks_for_that_once() {
+    let server = Redis::start(&[]);
+    let store = by_script(&server).await;
+    let elsewhere = RedisStore::connect(&server.url()).await.unwrap();
+    let questions_of_each = async || {
+        server.say(&["FLUSHALL"]).await;
+        let leases = acquire_all(&store, 30).await;
+        let (asked, scripts) = (server.calls("pubsub|numsub").await, server.calls("evalsha").await);
+        assert!(complete_all(&store, &leases).await.iter().all(Result::is_ok));
+        let asked = server.calls("pubsub|numsub").await - asked;
+        asked as f64 / (server.calls("evalsha").await - scripts) as f64
+    };
+    // The server gets to know the script.
+    questions_of_each().await;
+    assert_eq!(questions_of_each().await, 1.0);
+    // To any record, and so each of them is asked about.
+    let _listener = listening(&elsewhere, 99).await;
+    assert_eq!(questions_of_each().await, 2.0);
 }
 
 /// Its first try may have ended between the change and the word of it.

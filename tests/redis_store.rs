@@ -397,8 +397,8 @@ async fn a_waiter_on_another_node_hears_of_every_end_over_one_subscription() {
     assert_eq!(server.calls("publish").await, 3);
     assert_eq!(
         server.calls("subscribe").await,
-        3,
-        "one for each record, not for each waiter"
+        4,
+        "one for all and one for each record, not for each waiter"
     );
     let subscribers: String = server.ask(&["CLIENT", "LIST", "TYPE", "pubsub"]).await;
     assert_eq!(subscribers.lines().count(), 1, "{subscribers}");
@@ -419,7 +419,7 @@ async fn who_listens_again_asks_the_server_for_nothing() {
         // As a waiter does, while nobody listens.
         assert!(matches!(look(&other, 1).await, Begin::InProgress { .. }));
     }
-    assert_eq!(server.calls("subscribe").await, 1);
+    assert_eq!(server.calls("subscribe").await, 2, "one for all, one for the record");
 }
 
 #[tokio::test]
@@ -440,15 +440,30 @@ async fn waiters_hear_again_after_their_subscription_broke() {
     waiting.await;
 }
 
+/// What somebody listens to, in their order.
+async fn channels(server: &Redis) -> Vec<String> {
+    let mut channels: Vec<String> = server.ask(&["PUBSUB", "CHANNELS"]).await;
+    channels.sort();
+    channels
+}
+
+/// Listened to together with any record.
+const LISTENING: &str = "idempotency:listening";
+
 #[tokio::test]
-async fn a_channel_that_nobody_listens_to_is_left() {
+async fn a_channel_that_nobody_listens_to_is_left_and_with_the_last_the_one_of_all() {
     let server = Redis::start(&[]);
     let store = connected(&server).await;
     acquire(&store, 1).await;
     store.changed(&id(1)).await;
-    let channels = async || server.ask::<Vec<String>>(&["PUBSUB", "CHANNELS"]).await;
-    assert_eq!(channels().await, [key(1)]);
-    while !channels().await.is_empty() {
+    assert_eq!(channels(&server).await, [key(1), LISTENING.to_owned()]);
+    while !channels(&server).await.is_empty() {
+        tokio::task::yield_now().await;
+    }
+    // And both are there again for whoever comes then.
+    store.changed(&id(2)).await;
+    assert_eq!(channels(&server).await, [key(2), LISTENING.to_owned()]);
+    while !channels(&server).await.is_empty() {
         tokio::task::yield_now().await;
     }
 }
@@ -464,11 +479,10 @@ async fn a_channel_that_somebody_came_back_to_is_kept() {
     }
     let mut back = pin!(store.changed(&ids[0]));
     assert!(!is_ready(back.as_mut()).await);
-    let channels = async || server.ask::<Vec<String>>(&["PUBSUB", "CHANNELS"]).await;
-    while channels().await.contains(&key(2)) {
+    while channels(&server).await.contains(&key(2)) {
         tokio::task::yield_now().await;
     }
-    assert_eq!(channels().await, [key(1)]);
+    assert_eq!(channels(&server).await, [key(1), LISTENING.to_owned()]);
 }
 
 // ---- what is not as this store left it

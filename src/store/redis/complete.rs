@@ -197,11 +197,13 @@ impl Inner {
             return;
         };
         let keys: Vec<_> = waiting.iter().map(|one| one.step.key.as_bytes()).collect();
-        let mut arguments: Vec<&[u8]> = Vec::with_capacity(3 * waiting.len());
+        let listening = self.keys.listening();
+        let mut arguments: Vec<&[u8]> = Vec::with_capacity(3 * waiting.len() + 1);
         for Waiting { step: completion, .. } in &waiting {
             let granted = completion.granted.as_ref().map_or(&[][..], |granted| granted);
             arguments.extend([granted, &completion.completed, completion.time_to_live.as_bytes()]);
         }
+        arguments.push(listening.as_bytes());
         let step = &self.scripts.complete_many;
         let landed = self.outbox.run(step, &keys, &arguments, deadline).await;
         let is_safe = landed.is_safe;

@@ -23,7 +23,13 @@ impl Keys {
         key
     }
 
-    /// The same, to be written into a command.
+    /// The channel that this process listens to while it listens to any record's, so that one question tells whether there
+    /// are listeners at all. Nothing is published there.
+    pub(super) fn listening(&self) -> String {
+        format!("{}listening", self.0)
+    }
+
+    /// The same as [`key`](Self::key), to be written into a command.
     pub(super) fn of<'a>(&'a self, id: &'a RecordId) -> Key<'a> {
         Key { prefix: &self.0, id }
     }
@@ -83,6 +89,7 @@ mod tests {
             "idempotency:".to_owned(),
             format!("other:{}", id.to_hex()),
             format!("idempotency:{}", "x".repeat(64)),
+            keys.listening(),
             format!("idempotency:{}", "ä".repeat(32)),
         ] {
             assert_eq!(keys.id(&other), None, "{other}");

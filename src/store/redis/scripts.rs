@@ -141,15 +141,18 @@ end
 /// Completions that came at once, each as the simplest case alone: the record is as its claim set it. Answers a number for
 /// each key, and 0 says nothing of it but that nothing was changed.
 ///
-/// ARGV: for each key the record in progress, the completed one, its time to live or an empty string.
+/// ARGV: for each key the record in progress, the completed one, its time to live or an empty string; behind them the
+/// channel that is listened to while any other is.
 ///
-/// A long string costs a script more than its other steps, so the record comes whole and is not put together here.
+/// Every byte of what a script gets or reads costs more than what its steps do with it. So the record comes whole and is
+/// not put together here, and listeners are counted by record only where there are any.
 const COMPLETE_MANY: &str = r"#!lua
+local found = redis.pcall('MGET', unpack(KEYS))
 local done = {}
 for i, key in ipairs(KEYS) do
     local at = 3 * i
     done[i] = 0
-    if redis.pcall('GET', key) == ARGV[at - 2] then
+    if found[i] == ARGV[at - 2] then
         local set
         if ARGV[at] == '' then
             set = redis.pcall('SET', key, ARGV[at - 1])
@@ -159,6 +162,8 @@ for i, key in ipairs(KEYS) do
         if set.ok then done[i] = 1 end
     end
 end
+local any = redis.pcall('PUBSUB', 'NUMSUB', ARGV[3 * #KEYS + 1])
+if any[2] == 0 then return done end
 local listeners = redis.pcall('PUBSUB', 'NUMSUB', unpack(KEYS))
 for i = 2, #listeners, 2 do
     if listeners[i] > 0 then redis.pcall('PUBLISH', listeners[i - 1], '') end

@@ -157,6 +157,11 @@ impl Subscription {
 
     async fn subscribe(&mut self, waiters: &Waiters, id: RecordId) {
         if self.subscribed.insert(id) {
+            // Before the record's own, or a script would not ask for that. In a cluster no script is shared.
+            if self.subscribed.len() == 1 && self.ears.is_one() {
+                let reply = self.ears.subscribe(&self.waiters, id, waiters.keys.listening());
+                self.send(reply, None, waiters.timeout).await;
+            }
             let reply = self.ears.subscribe(&self.waiters, id, waiters.keys.key(&id));
             self.send(reply, Some(id), waiters.timeout).await;
         }
@@ -170,6 +175,10 @@ impl Subscription {
             if waiters.forget(&id) && self.subscribed.remove(&id) {
                 let reply = self.ears.unsubscribe(waiters.keys.key(&id));
                 self.send(reply, None, waiters.timeout).await;
+                if self.subscribed.is_empty() && self.ears.is_one() {
+                    let reply = self.ears.unsubscribe(waiters.keys.listening());
+                    self.send(reply, None, waiters.timeout).await;
+                }
             }
         }
     }
