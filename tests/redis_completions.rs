@@ -140,9 +140,13 @@ async fn fewest_scripts(server: &Redis, store: &RedisStore, lengths: &[usize]) -
 #[tokio::test]
 async fn completions_of_one_moment_share_scripts_of_sixteen() {
     let server = Redis::start(&[]);
-    let store = by_script(&server).await;
-    // No more than are polled without a pause.
-    assert_eq!(fewest_scripts(&server, &store, &[10; 30]).await, 2);
+    for store in [
+        by_script(&server).await,
+        with_account(&server, "one", &["-info", "-mget"]).await,
+    ] {
+        // No more than are polled without a pause.
+        assert_eq!(fewest_scripts(&server, &store, &[10; 30]).await, 2);
+    }
 }
 
 #[tokio::test]
@@ -247,7 +251,12 @@ async fn where_nobody_listens_a_shared_script_asks_for_that_once() {
     assert_eq!(questions_of_each().await, 1.0);
     // To any record, and so each of them is asked about.
     let _listener = listening(&elsewhere, 99).await;
-    assert_eq!(questions_of_each().await, 2.0);
+    let mut most: f64 = 0.0;
+    for _ in 0..20 {
+        // One whose claim is not remembered any more has a script of its own, and of that the other question is no part.
+        most = most.max(questions_of_each().await);
+    }
+    assert_eq!(most, 2.0);
 }
 
 /// Its first try may have ended between the change and the word of it.

@@ -144,10 +144,15 @@ end
 /// ARGV: for each key the record in progress, the completed one, its time to live or an empty string; behind them the
 /// channel that is listened to while any other is.
 ///
-/// Every byte of what a script gets or reads costs more than what its steps do with it. So the record comes whole and is
-/// not put together here, and listeners are counted by record only where there are any.
+/// A long string costs a script more than its other steps, so the record comes whole and is not put together here. Of
+/// those, commands cost most: so one reads all records, where the account may use it, and listeners are counted by record
+/// only where there are any.
 const COMPLETE_MANY: &str = r"#!lua
 local found = redis.pcall('MGET', unpack(KEYS))
+if found.err then
+    found = {}
+    for i, key in ipairs(KEYS) do found[i] = redis.pcall('GET', key) end
+end
 local done = {}
 for i, key in ipairs(KEYS) do
     local at = 3 * i
@@ -162,8 +167,10 @@ for i, key in ipairs(KEYS) do
         if set.ok then done[i] = 1 end
     end
 end
-local any = redis.pcall('PUBSUB', 'NUMSUB', ARGV[3 * #KEYS + 1])
-if any[2] == 0 then return done end
+if #KEYS > 1 then
+    local any = redis.pcall('PUBSUB', 'NUMSUB', ARGV[3 * #KEYS + 1])
+    if any[2] == 0 then return done end
+end
 local listeners = redis.pcall('PUBSUB', 'NUMSUB', unpack(KEYS))
 for i = 2, #listeners, 2 do
     if listeners[i] > 0 then redis.pcall('PUBLISH', listeners[i - 1], '') end

@@ -2,7 +2,8 @@
 //!
 //! The first listener of a record subscribes to its channel; the server publishes there only while somebody does. When
 //! the server confirms, the listeners so far are woken for nothing: what changed before then they see by looking again.
-//! A channel is kept for a while after its last listener, since who waits looks and listens by turns.
+//! A channel is kept for a while after its last listener, since who waits looks and listens by turns. Beside them there is
+//! a channel of all, from before the first one until after the last: a script that ends many operations asks for that.
 
 mod ears;
 mod subscription;
@@ -139,10 +140,10 @@ impl Waiters {
         }
     }
 
-    /// Whether the record is forgotten now, because nobody listens.
+    /// Whether nobody listens to the record, which is forgotten then.
     fn forget(&self, id: &RecordId) -> bool {
         let mut state = self.state();
-        let unheard = state.records.get(id).is_some_and(|listeners| listeners.count == 0);
+        let unheard = state.records.get(id).is_none_or(|listeners| listeners.count == 0);
         if unheard {
             state.records.remove(id);
         }
@@ -189,7 +190,8 @@ mod tests {
     fn a_record_is_forgotten_when_its_last_listener_has_left() {
         let waiters = waiters();
         let (one, two) = (RecordId::from_bytes([1; 32]), RecordId::from_bytes([2; 32]));
-        assert!(!waiters.is_heard(&one) && !waiters.forget(&one));
+        assert!(!waiters.is_heard(&one));
+        assert!(waiters.forget(&one), "it left while the connection was opened");
         // Who gets the orders does nothing with them here.
         let (orders, _received) = unbounded_channel();
         waiters.state().orders = Some(orders);

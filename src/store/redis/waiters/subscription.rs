@@ -134,12 +134,11 @@ impl Subscription {
                     Heard::Nothing => {}
                     Heard::Ended => return Ended::Broken,
                 },
-                Event::Answer(id, true) => {
+                Event::Answer(Some(id), true) => {
                     self.confirmed = true;
-                    if let Some(id) = id {
-                        waiters.wake(&id);
-                    }
+                    waiters.wake(&id);
                 }
+                Event::Answer(None, true) => {}
                 Event::Answer(_, false) => return Ended::Broken,
             }
         }
