@@ -2,6 +2,7 @@
 
 use std::{
     future::{Future, poll_fn},
+    iter,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::Arc,
@@ -116,25 +117,43 @@ impl Guard {
             return;
         }
         let length = self.shared.policy.lease;
+        let soon = (length / 12).max(Duration::from_millis(1));
         let mut pause = length / 3;
         loop {
             sleep(pause).await;
             pause = length / 3;
-            for lease in [self.lease].into_iter().chain(self.others()) {
-                match self.shared.call(self.shared.store.renew(&lease, length)).await {
-                    Ok(()) => {}
-                    Err(error) if error.kind() == StoreErrorKind::Fenced && lease == self.lease => {
-                        let Lease { id, fence, .. } = lease;
-                        tracing::warn!(record = %id, fence, "the lease was lost while the handler ran");
-                        return;
+            let others = self.others();
+            let mut asked: Option<Instant> = None;
+            for other in iter::once(None).chain(others.iter().map(Some)) {
+                // It is the operation's own record that keeps others from running it. So it comes first, and again
+                // whenever it is due: many calls may take longer than a lease.
+                if asked.is_none_or(|at| at.elapsed() >= pause) {
+                    let renewal = self.renew(&self.lease).await;
+                    asked = Some(Instant::now());
+                    match renewal {
+                        Ok(()) => {}
+                        Err(error) if error.kind() == StoreErrorKind::Fenced => {
+                            let Lease { id, fence, .. } = self.lease;
+                            tracing::warn!(record = %id, fence, "the lease was lost while the handler ran");
+                            return;
+                        }
+                        Err(_) => pause = soon,
                     }
-                    // It was ended just now, or somebody removed it. The operation's own record keeps others from
-                    // running it, and is renewed on.
+                }
+                let Some(other) = other else { continue };
+                match self.renew(other).await {
+                    Ok(()) => {}
+                    // It was ended just now, or somebody removed it.
                     Err(error) if error.kind() == StoreErrorKind::Fenced => {}
-                    Err(_) => pause = (length / 12).max(Duration::from_millis(1)),
+                    Err(_) => pause = soon,
                 }
             }
         }
+    }
+
+    async fn renew(&self, lease: &Lease) -> Result<(), StoreError> {
+        let store = &self.shared.store;
+        self.shared.call(store.renew(lease, self.shared.policy.lease)).await
     }
 
     /// Tells the store how the attempt ended. Where the store does not answer, a task goes on trying.

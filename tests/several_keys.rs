@@ -136,6 +136,33 @@ async fn all_leases_are_renewed_while_the_handler_runs() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_slow_store_keeps_the_operations_own_lease_however_many_keys_stand_beside() {
+    for guarantee in [Guarantee::AtMostOnce, Guarantee::AtLeastOnce] {
+        let store = FaultyStore::default();
+        let control = gated();
+        let layer = layer(&store).guarantee(guarantee).lease(Duration::from_secs(3));
+        let app = pay(&control, layer.max_keys(100));
+        // A round of renewals takes four seconds, and so does the end.
+        let slow = Fault::Slow(Duration::from_millis(40));
+        store.fail(Op::Renew, vec![slow; 1000]);
+        store.fail(Op::Complete, vec![slow; 101]);
+        let units: Vec<_> = (0..100).map(|number| format!("u{number}")).collect();
+        let units: Vec<_> = units.iter().map(String::as_str).collect();
+        let first = spawn(&app, order("a", &units));
+        control.entered().await;
+        for second in 0..14 {
+            if second == 10 {
+                control.let_go();
+            }
+            refused(&send(&app, "a", &units).await, "request-in-progress");
+            sleep(Duration::from_secs(1)).await;
+        }
+        ran(&first.await.unwrap());
+        assert_eq!(control.runs(), 1, "{guarantee:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_key_beside_that_somebody_removed_does_not_hasten_the_renewals() {
     let store = FaultyStore::default();
     let control = gated();

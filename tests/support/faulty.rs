@@ -34,6 +34,8 @@ pub enum Fault {
     BlackHole,
     /// It is applied, and nothing is heard of it, ever.
     AppliedBlackHole,
+    /// It is applied and answered after this time.
+    Slow(Duration),
     /// It panics.
     Panic,
 }
@@ -87,6 +89,10 @@ impl FaultyStore {
             Some(Fault::AppliedBlackHole) => {
                 let _ = apply.await;
                 std::future::pending().await
+            }
+            Some(Fault::Slow(time)) => {
+                tokio::time::sleep(time).await;
+                apply.await
             }
             Some(Fault::Panic) => panic!("the store panics"),
         }
