@@ -345,12 +345,14 @@ async fn a_request_may_run_without_the_store_if_the_layer_is_told_so_and_is_coun
     }
     assert_eq!(layer.counters().unprotected, 2);
     store.up();
-    store.fail(Op::Begin, [Fault::Error(StoreErrorKind::Corrupt)]);
-    assert_eq!(
-        call(&app, keyed("k", "a")).await.problem(),
-        "record-unreadable",
-        "only where the store is away"
-    );
+    // Also where that is found out by the second try alone.
+    let corrupt = Fault::Error(StoreErrorKind::Corrupt);
+    for faults in [vec![corrupt], vec![DOWN, corrupt]] {
+        store.fail(Op::Begin, faults);
+        let refused = call(&app, keyed("k", "a")).await;
+        assert_eq!(refused.problem(), "record-unreadable", "only where the store is away");
+    }
+    assert_eq!((layer.counters().unprotected, control.runs()), (2, 2));
 }
 
 #[tokio::test]

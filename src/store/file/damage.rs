@@ -52,12 +52,13 @@ impl Damage {
         }
     }
 
-    /// What is to be said of the record, if it is one of them.
+    /// What is to be said of the record, if it is one of them: that it cannot be read, and not that the store is away,
+    /// for which a request might be tried again, or run without it.
     pub(super) fn of(&self, id: &RecordId, file: &Arc<str>) -> Option<StoreError> {
         let page = self.is_found().then(|| self.records().get(id).copied()).flatten()?;
         let file = Arc::clone(file);
         let unreadable = Unreadable { file, page };
-        Some(StoreError::with_source(StoreErrorKind::Unavailable, unreadable))
+        Some(StoreError::with_source(StoreErrorKind::Corrupt, unreadable))
     }
 }
 
