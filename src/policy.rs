@@ -93,24 +93,29 @@ impl Replay {
         body: Bytes,
         duplicate: &request::Parts,
     ) -> (StatusCode, Bytes) {
-        match self {
-            Self::AsFirst => (status, body),
+        let length = body.len();
+        let (status, body) = match self {
+            Self::AsFirst => return (status, body),
             Self::WithStatus(status) => (*status, body),
             Self::Rewritten(rewrite) => {
                 let mut first = Response::new(body);
                 *first.status_mut() = status;
                 *first.headers_mut() = std::mem::take(headers);
-                let length = first.body().len();
                 let (parts, body) = rewrite(first, duplicate).into_parts();
                 *headers = parts.headers;
-                // What the first answer announced is not the length of another body.
-                let announced = headers.get(header::CONTENT_LENGTH);
-                if length != body.len() && announced.is_some_and(|announced| *announced != body.len().to_string()) {
-                    headers.remove(header::CONTENT_LENGTH);
-                }
                 (parts.status, body)
             }
+        };
+        // What the first answer announced is not the length of another body, nor of one that it left out and this one
+        // may not.
+        let may_leave_it_out = duplicate.method == Method::HEAD || status == StatusCode::NOT_MODIFIED;
+        let announced = headers.get(header::CONTENT_LENGTH);
+        if (length != body.len() || !may_leave_it_out)
+            && announced.is_some_and(|announced| *announced != body.len().to_string())
+        {
+            headers.remove(header::CONTENT_LENGTH);
         }
+        (status, body)
     }
 }
 

@@ -93,6 +93,33 @@ async fn a_replay_without_a_body_announces_the_length_that_the_first_one_did() {
 }
 
 #[tokio::test]
+async fn a_replay_does_not_announce_a_body_that_the_first_answer_left_out() {
+    let conflict = |mut first: http::Response<Bytes>| {
+        *first.status_mut() = StatusCode::CONFLICT;
+        first
+    };
+    for made in [false, true] {
+        let (_, layer) = layer();
+        let layer = layer.methods([Method::GET]);
+        let layer = match made {
+            false => layer.replay_status(StatusCode::CONFLICT),
+            true => layer.replay_as(move |first, _| conflict(first)),
+        };
+        let app = anywhere_answering(&open(), layer, |_, _, _| {
+            (StatusCode::NOT_MODIFIED, [("content-length", "5")]).into_response()
+        });
+        let get = || request("GET", "/pay", &[("idempotency-key", "k")], "");
+        assert_eq!(call(&app, get()).await.header("content-length"), Some("5"));
+        let replay = call(&app, get()).await;
+        assert_eq!((replay.status, &replay.body[..]), (StatusCode::CONFLICT, &b""[..]));
+        assert!(
+            matches!(replay.header("content-length"), None | Some("0")),
+            "{replay:?}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_replay_of_another_length_does_not_announce_the_first_one() {
     for (made, announced) in [("conflict", None), ("x", None), ("done", Some("4"))] {
         let (_, layer) = layer();
