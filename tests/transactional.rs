@@ -335,6 +335,18 @@ async fn a_constraint_that_fails_at_the_commit_undoes_everything() {
         assert_eq!(answer.problem(), "transaction-failed", "{library:?}");
         assert_eq!((bank.books().await, bank.records().await), ((0, MONEY), 0));
         assert_eq!(bank.ask(order("k", 5, then)).await.problem(), "transaction-failed");
+        // Whatever its trigger says: the same words of the layer's own statements would mean that the handler had ended
+        // the transaction.
+        bank.say(
+            "CREATE FUNCTION ratio() RETURNS trigger LANGUAGE plpgsql AS \
+                  $$ BEGIN PERFORM 1 / (NEW.amount - 7); RETURN NULL; END $$; \
+                  CREATE CONSTRAINT TRIGGER ratio AFTER INSERT ON transfers DEFERRABLE INITIALLY DEFERRED \
+                  FOR EACH ROW EXECUTE FUNCTION ratio()",
+        )
+        .await;
+        let answer = bank.ask(order("k", 7, "")).await;
+        assert_eq!(answer.problem(), "transaction-failed", "{library:?}");
+        assert_eq!((bank.books().await, bank.records().await), ((0, MONEY), 0));
     }
 }
 

@@ -61,9 +61,13 @@ async fn of_those_who_wait_for_a_request_that_is_rolled_back_one_runs() {
         waited(&bank.layer, 5).await;
         bank.control.let_go();
         assert_eq!(first.await.unwrap().status.as_u16(), 503, "{library:?}");
-        for _ in 0..5 {
+        for runs in 2..=6 {
             bank.control.entered().await;
-            assert_eq!(bank.books().await, (0, MONEY));
+            assert_eq!(
+                (bank.books().await, bank.control.runs()),
+                ((0, MONEY), runs),
+                "one at a time"
+            );
             bank.control.let_go();
         }
         for other in others {
@@ -148,16 +152,21 @@ async fn a_claim_waits_no_longer_for_a_locked_table_than_the_store_does_and_the_
         let bank = Bank::of(library).await;
         let layer = another_layer(&bank, library, SHORT).await;
         let node = app(&bank.control, layer.store_timeout(Duration::from_secs(60)));
-        // With a connection whose statements are prepared: that would wait, too.
+        let fresh = app(
+            &bank.control,
+            another_layer(&bank, library, SHORT)
+                .await
+                .store_timeout(Duration::from_secs(60)),
+        );
         assert_eq!(call(&node, order("warm", 5, "")).await.status, StatusCode::CREATED);
         let migration = bank.client().await;
         migration
             .batch_execute("BEGIN; LOCK TABLE idempotency_records")
             .await
             .unwrap();
-        // Twice: once more with a connection that was told of all that is said then.
-        for _ in 0..2 {
-            let refused = call(&node, order("k", 5, "")).await;
+        // Twice: once more with a connection that was told of all that is said then. And by a node that has none yet.
+        for node in [&node, &node, &fresh, &fresh] {
+            let refused = call(node, order("k", 5, "")).await;
             assert_eq!(refused.problem(), "store-unavailable", "{library:?}");
         }
         let waits =

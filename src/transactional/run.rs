@@ -193,13 +193,14 @@ const FIRST_PAUSE: Duration = Duration::from_millis(25);
 /// Finds out what became of a commit. Nobody is answered before: if it cannot be found out, the client is told to ask
 /// again, and finds the answer or runs anew.
 async fn resolve(shared: &Shared, transactions: &dyn Transactions, lease: &Lease) -> Result<(), Rejection> {
-    let give_up = Instant::now() + shared.policy.store_timeout;
+    // None: a time that no clock can count is never over.
+    let give_up = Instant::now().checked_add(shared.policy.store_timeout);
     let mut pause = FIRST_PAUSE;
     loop {
         match shared.call(Call::Pending(transactions.was_committed(lease))).await {
             Ok(true) => return Ok(()),
             Ok(false) => return Err(Rejection::new(RejectionKind::TransactionRolledBack)),
-            Err(error) if error.is_retryable() && Instant::now() + pause < give_up => {}
+            Err(error) if error.is_retryable() && give_up.is_none_or(|give_up| Instant::now() + pause < give_up) => {}
             Err(error) => {
                 let detail = "it is not known whether the request was executed; the same request is told, sent again";
                 return Err(unusable_store(&error).with_detail(detail.to_owned()));

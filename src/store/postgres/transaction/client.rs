@@ -61,10 +61,6 @@ impl Source for ClientSource {
         later: &[&Arc<Statement>],
     ) -> Result<(Open, Vec<Looked>), Failure> {
         let open = self.open().await?;
-        // Before the transaction: in one that has failed nothing can be prepared any more.
-        for statement in later {
-            open.prepare(&statement.sql).await?;
-        }
         let flight: Vec<_> = [Say::Plain("BEGIN")]
             .into_iter()
             .chain(flight)
@@ -75,16 +71,18 @@ impl Source for ClientSource {
                 Err(failure) if failure.code.as_deref() == Some(NOT_PREPARED) => {
                     open.say(&[Say::Plain("ROLLBACK")]).await?;
                 }
-                looked => return open.begun(looked).await,
+                looked => {
+                    let (open, looked) = open.begun(looked).await?;
+                    return open.ready(looked, &[], later).await;
+                }
             }
         }
         let looked = open.look_by_text(&text(&flight)).await;
         let (open, looked) = open.begun(looked).await?;
-        if self.prepared {
-            let told = open.tell_names(named).await;
-            return open.begun(told.map(|()| looked)).await;
+        match self.prepared {
+            true => open.ready(looked, named, later).await,
+            false => Ok((open, looked)),
         }
-        Ok((open, looked))
     }
 
     async fn lock_and_look(&self, lock: Say, look: Say) -> Result<(bool, Looked), Failure> {
@@ -122,12 +120,17 @@ impl Connection for Open {
 
     async fn commit(self, mut flight: Vec<Say>) -> Result<(), Failure> {
         flight.push(Say::Plain("COMMIT"));
-        self.end(flight).await
+        let answers = self.end(&flight).await?;
+        let completed = answers.iter().rev().skip(1).all(Result::is_ok);
+        first_failure(answers).map(drop).map_err(|failure| Failure {
+            by_commit: completed,
+            ..failure
+        })
     }
 
     async fn roll_back(self, check: Option<Say>) -> Result<(), Failure> {
-        let flight = check.into_iter().chain([Say::Plain("ROLLBACK")]).collect();
-        self.end(flight).await
+        let flight: Vec<_> = check.into_iter().chain([Say::Plain("ROLLBACK")]).collect();
+        first_failure(self.end(&flight).await?).map(drop)
     }
 
     fn lend(slot: &Slot<Self>, extensions: &mut Extensions) {
@@ -136,8 +139,9 @@ impl Connection for Open {
 }
 
 impl Open {
-    async fn end(self, flight: Vec<Say>) -> Result<(), Failure> {
-        let answers = self.answers(&flight).await?;
+    /// Says what ends the transaction, and gives the connection back if it is over.
+    async fn end(self, flight: &[Say]) -> Result<Vec<Answer>, Failure> {
+        let answers = self.answers(flight).await?;
         let is_over = match answers.last() {
             // Whatever failed before: when the last statement was answered there is no transaction any more.
             Some(Ok(_)) => true,
@@ -148,7 +152,7 @@ impl Open {
         if is_over {
             self.give_back();
         }
-        first_failure(answers).map(drop)
+        Ok(answers)
     }
 
     fn give_back(mut self) {
@@ -171,7 +175,7 @@ impl Open {
                 let is_well = |code: &String| code.starts_with("40") || code == "55P03";
                 match &failure.code {
                     Some(_) if failure.fatal => {}
-                    Some(code) if is_well(code) => drop(self.end(vec![Say::Plain("ROLLBACK")]).await),
+                    Some(code) if is_well(code) => drop(self.end(&[Say::Plain("ROLLBACK")]).await),
                     Some(_) => drop(self.say(&[Say::Plain("ROLLBACK")]).await),
                     None => {}
                 }
@@ -196,7 +200,29 @@ impl Open {
         Ok(rows.collect::<Result<_, _>>()?)
     }
 
-    /// For whoever has this session next. Behind a claim: then the table is locked, and nothing here waits.
+    /// Tells the session what it does not know yet. Before the handler has it: in a transaction that has failed nothing can
+    /// be prepared any more. And behind the claim: then the table is locked, and nothing here waits.
+    async fn ready(
+        self,
+        looked: Vec<Looked>,
+        named: &[&Arc<Statement>],
+        later: &[&Arc<Statement>],
+    ) -> Result<(Self, Vec<Looked>), Failure> {
+        let told = self.tell(named, later).await;
+        self.begun(told.map(|()| looked)).await
+    }
+
+    async fn tell(&self, named: &[&Arc<Statement>], later: &[&Arc<Statement>]) -> Result<(), Failure> {
+        for statement in later {
+            self.client()?.prepare_cached(&statement.sql).await?;
+        }
+        match named.is_empty() {
+            true => Ok(()),
+            false => self.tell_names(named).await,
+        }
+    }
+
+    /// For whoever has this session next.
     async fn tell_names(&self, named: &[&Arc<Statement>]) -> Result<(), Failure> {
         let client = self.client()?;
         let there = client
@@ -208,13 +234,6 @@ impl Open {
                 _ => None,
             });
         Ok(client.batch_execute(&text_to_prepare(named, there.collect())).await?)
-    }
-
-    async fn prepare(&self, sql: &str) -> Result<(), Failure> {
-        if self.prepared {
-            self.client()?.prepare_cached(sql).await?;
-        }
-        Ok(())
     }
 
     /// Sends all of it, then awaits all the answers: the rows, or the first failure.

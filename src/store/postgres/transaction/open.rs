@@ -203,13 +203,18 @@ impl<C: Connection> Transaction for Open<C> {
 impl Failure {
     /// A transaction that fails is undone, unless the connection was lost with it.
     fn into_end(self) -> Ended {
-        let Self { code, fatal, error } = self;
+        let Self {
+            code,
+            fatal,
+            by_commit,
+            error,
+        } = self;
         match code.as_deref() {
             None => Ended::Unknown(error),
             // Of the connection, perhaps after the commit.
             Some(_) if fatal => Ended::Unknown(error),
-            // No row, no transaction, no such savepoint.
-            Some("22012" | "25P01" | "3B001") => Ended::Misused(ENDED),
+            // No row, no transaction, no such savepoint. A commit that is refused may say the same of what it checks.
+            Some("22012" | "25P01" | "3B001") if !by_commit => Ended::Misused(ENDED),
             Some(_) => match error.kind() {
                 StoreErrorKind::Unavailable | StoreErrorKind::Full => Ended::RolledBack(error),
                 _ => Ended::Failed(error),
@@ -240,10 +245,18 @@ mod tests {
             let failure = Failure {
                 code: code.map(str::to_owned),
                 fatal,
+                by_commit: false,
                 error: kind.into(),
             };
             let found = format!("{:?}", failure.into_end());
             assert!(found.starts_with(ended), "{code:?} {fatal} {found}");
         }
+        let of_a_deferred_trigger = Failure {
+            code: Some("22012".to_owned()),
+            fatal: false,
+            by_commit: true,
+            error: Other.into(),
+        };
+        assert!(matches!(of_a_deferred_trigger.into_end(), Ended::Failed(_)));
     }
 }

@@ -134,6 +134,8 @@ pub(in super::super) struct Failure {
     pub(super) code: Option<String>,
     /// The connection ended with it.
     pub(super) fatal: bool,
+    /// All before the commit was well.
+    pub(super) by_commit: bool,
     pub(super) error: StoreError,
 }
 
@@ -149,6 +151,7 @@ impl From<StoreError> for Failure {
         Self {
             code: None,
             fatal: false,
+            by_commit: false,
             error,
         }
     }
@@ -160,6 +163,7 @@ impl From<tokio_postgres::Error> for Failure {
         Self {
             code: server.map(|server| server.code().code().to_owned()),
             fatal: server.is_some_and(|server| server.parsed_severity() != Some(Severity::Error)),
+            by_commit: false,
             error: failure::classify(error),
         }
     }

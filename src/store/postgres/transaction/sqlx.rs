@@ -13,7 +13,7 @@ use std::{
 
 use http::Extensions;
 use sqlx::{
-    Database, Error, Executor, PgPool, Postgres, Row, TransactionManager,
+    Database, Error, Executor, PgPool, Postgres, Row, Transaction, TransactionManager,
     postgres::{PgDatabaseError, PgRow, PgSeverity},
     query, query_scalar,
 };
@@ -43,7 +43,7 @@ type Manager = <Postgres as Database>::TransactionManager;
 
 /// A connection in a transaction, which is rolled back when it is dropped.
 pub(in super::super) struct Open {
-    transaction: sqlx::Transaction<'static, Postgres>,
+    transaction: Transaction<'static, Postgres>,
     prepared: bool,
 }
 
@@ -97,8 +97,9 @@ fn read(said: Said) -> Result<(Open, Vec<Looked>), Failure> {
 
 impl SqlxSource {
     async fn open(&self, begin: &'static str) -> Result<Open, Failure> {
-        let pool = self.pool.clone();
-        let transaction = uncut(async move { pool.begin_with(begin).await }).await?;
+        // Here, where it may be cut: who gives up leaves the queue for a connection.
+        let connection = self.pool.acquire().await?;
+        let transaction = uncut(Transaction::begin(connection, Some(begin.into()))).await?;
         Ok(Open {
             transaction,
             prepared: self.prepared,
@@ -193,12 +194,22 @@ impl Open {
 
     /// Nobody is told of a failure before it is rolled back: the next attempt may come at once.
     async fn say_or_roll_back(mut self, flight: Vec<Say>) -> Result<(Self, Vec<PgRow>), Failure> {
-        match self.say(flight).await {
+        match self.say_again(flight).await {
             Ok(rows) => Ok((self, rows)),
             Err(error) => {
                 let _ = self.undo().await;
                 Err(error.into())
             }
+        }
+    }
+
+    /// Behind a handler. A statement that it left, as by a timeout, and that fails then, is told of in place of what is sent
+    /// next, which sqlx does not send. So what failed is said once more. If that is no better it was its own failure, or
+    /// the transaction has failed with the other.
+    async fn say_again(&mut self, flight: Vec<Say>) -> Result<Vec<PgRow>, Error> {
+        match self.say(flight.clone()).await {
+            Err(first @ Error::Database(_)) => self.say(flight).await.map_err(|_| first),
+            said => said,
         }
     }
 
@@ -252,11 +263,14 @@ impl Connection for Open {
             self.commit_one().await?;
         }
         let (mut open, _) = self.say_or_roll_back(flight).await?;
-        open.commit_one().await
+        open.commit_one().await.map_err(|failure| Failure {
+            by_commit: true,
+            ..failure
+        })
     }
 
     async fn roll_back(mut self, check: Option<Say>) -> Result<(), Failure> {
-        let checked = self.say(check.into_iter().collect()).await;
+        let checked = self.say_again(check.into_iter().collect()).await;
         let rolled_back = self.undo().await;
         checked.map(drop).and(rolled_back).map_err(Failure::from)
     }
@@ -283,6 +297,7 @@ impl From<Error> for Failure {
         Self {
             code,
             fatal,
+            by_commit: false,
             error: StoreError::with_source(kind, error),
         }
     }
@@ -318,7 +333,7 @@ struct SqlxSlot(Slot<Open>);
 ///     Ok(StatusCode::CREATED)
 /// }
 /// ```
-pub struct SqlxTransaction(Lent<Open, sqlx::Transaction<'static, Postgres>>);
+pub struct SqlxTransaction(Lent<Open, Transaction<'static, Postgres>>);
 
 impl SqlxTransaction {
     /// For handlers that are not axum's: from the extensions of their request.
@@ -339,7 +354,7 @@ pub(super) fn is_in(extensions: &Extensions) -> bool {
 }
 
 impl Deref for SqlxTransaction {
-    type Target = sqlx::Transaction<'static, Postgres>;
+    type Target = Transaction<'static, Postgres>;
 
     fn deref(&self) -> &Self::Target {
         &self.0
