@@ -63,6 +63,37 @@ async fn a_client_that_leaves_while_the_handler_runs_finds_the_answer_when_it_co
     assert_eq!((control.runs(), control.ends(), layer.counters().detached), (1, 1, 1));
 }
 
+tokio::task_local! {
+    static TENANT: &'static str;
+}
+
+#[tokio::test]
+async fn what_stands_below_the_layer_stays_around_a_handler_whose_client_left() {
+    let layer = IdempotencyLayer::new(MemoryStore::new());
+    let control = gated();
+    let handler = {
+        let control = control.clone();
+        async move || {
+            control.pass().await;
+            (StatusCode::CREATED, TENANT.get())
+        }
+    };
+    let app = axum::Router::new()
+        .route("/pay", axum::routing::post(handler))
+        .layer(axum::middleware::from_fn(|request, next: axum::middleware::Next| {
+            TENANT.scope("seven", next.run(request))
+        }))
+        .layer(layer.clone());
+    let client = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    client.abort();
+    assert!(client.await.unwrap_err().is_cancelled());
+    control.let_go();
+    layer.drain().finished().await;
+    let retry = call(&app, keyed("k", "a")).await;
+    assert!(retry.is_replay() && retry.body == "seven", "{retry:?}");
+}
+
 #[tokio::test]
 async fn a_drain_that_begins_before_the_client_has_left_waits_for_its_handler_too() {
     let layer = IdempotencyLayer::new(MemoryStore::new());
