@@ -1,9 +1,11 @@
 //! What the number of keys, of threads and of duplicates costs: over the memory store, CPU time throughout, so that what
 //! other processes take is not in it.
 //!
-//! `cargo bench --bench scale`. With `CHART=file.svg` it draws the first table.
+//! `cargo bench --bench scale`. With `CHART=file.svg` it draws the first table. For a profiler: `--keys=` and a number of
+//! them measures that size alone, and prints nanoseconds.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod keys;
 #[path = "../overhead/service.rs"]
 mod service;
 #[path = "../overhead/svg.rs"]
@@ -16,15 +18,16 @@ use bytes::Bytes;
 use cpu_time::{ProcessTime, ThreadTime};
 use futures_util::future::join_all;
 use http::StatusCode;
-use tokio::{runtime::Runtime, time::advance};
+use tokio::runtime::Runtime;
 use tower_idempotency::{Concurrent, IdempotencyLayer, MemoryStore};
 
-use self::service::{body, request, router, send};
+use self::{
+    keys::{ONE_SIZE, by_keys, one_size},
+    service::{body, request, router, send},
+};
 
-const SIZES: [u64; 4] = [1_000, 10_000, 100_000, 1_000_000];
 const OPERATIONS: u64 = 2_000;
 const ROUNDS: usize = 21;
-const RETENTION: Duration = Duration::from_secs(1_000_000);
 
 fn runtime(paused: bool) -> Runtime {
     let mut builder = tokio::runtime::Builder::new_current_thread();
@@ -32,7 +35,7 @@ fn runtime(paused: bool) -> Runtime {
 }
 
 fn protected(store: &MemoryStore) -> Router {
-    router().layer(IdempotencyLayer::new(store.clone()).retention(RETENTION))
+    router().layer(IdempotencyLayer::new(store.clone()))
 }
 
 fn large() -> MemoryStore {
@@ -42,119 +45,6 @@ fn large() -> MemoryStore {
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
-}
-
-/// Of these times, in microseconds, the longest but one in a thousand, and the longest.
-fn tail(mut times: Vec<f64>) -> (f64, f64) {
-    times.sort_by(f64::total_cmp);
-    let at = times.len() - 1 - times.len() / 1000;
-    (times[at] / 1e3, times[times.len() - 1] / 1e3)
-}
-
-struct Store {
-    store: MemoryStore,
-    app: Router,
-    keys: u64,
-    resident: u64,
-    state: u64,
-}
-
-impl Store {
-    /// Filled evenly over a retention, and from then on one key expires for each that comes.
-    fn filled(runtime: &Runtime, resident: u64, body: &Bytes, growth: &mut Vec<f64>) -> Self {
-        let store = large();
-        let mut filled = Self {
-            app: protected(&store),
-            store,
-            keys: 0,
-            resident,
-            state: 1,
-        };
-        runtime.block_on(async {
-            for _ in 0..resident {
-                growth.push(filled.first(body).await);
-            }
-        });
-        filled
-    }
-
-    /// One new key, and the time until the next one; how many nanoseconds it took.
-    async fn first(&mut self, body: &Bytes) -> f64 {
-        let request = request(self.keys, body);
-        self.keys += 1;
-        let start = ThreadTime::now();
-        send(&mut self.app, request, StatusCode::OK).await;
-        let time = start.elapsed().as_nanos() as f64;
-        advance(RETENTION / self.resident as u32).await;
-        time
-    }
-
-    /// A replay of one of the younger half.
-    async fn replay(&mut self, body: &Bytes) -> f64 {
-        self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        let key = self.keys - 1 - (self.state >> 20) % (self.resident / 2);
-        let request = request(key, body);
-        let start = ThreadTime::now();
-        send(&mut self.app, request, StatusCode::OK).await;
-        start.elapsed().as_nanos() as f64
-    }
-}
-
-fn by_keys(body: &Bytes) {
-    let runtime = runtime(true);
-    let mut growth = Vec::new();
-    let mut stores: Vec<_> = SIZES
-        .iter()
-        .map(|size| {
-            growth.clear();
-            Store::filled(&runtime, *size, body, &mut growth)
-        })
-        .collect();
-    let mut firsts = vec![Vec::new(); SIZES.len()];
-    let mut replays = vec![Vec::new(); SIZES.len()];
-    let mut every = Vec::new();
-    for _ in 0..ROUNDS {
-        for (index, store) in stores.iter_mut().enumerate() {
-            let (mut first, mut replay) = (Vec::new(), Vec::new());
-            runtime.block_on(async {
-                for _ in 0..OPERATIONS {
-                    first.push(store.first(body).await);
-                    replay.push(store.replay(body).await);
-                }
-            });
-            firsts[index].push(first.iter().sum::<f64>() / first.len() as f64);
-            replays[index].push(replay.iter().sum::<f64>() / replay.len() as f64);
-            if index == SIZES.len() - 1 {
-                every.extend(first);
-            }
-        }
-    }
-    println!("cost by resident keys, beside 1,000; each first request expires another key");
-    println!("  {:>10} {:>8} {:>8}", "keys", "first", "replay");
-    let ratio = |times: &[Vec<f64>], index: usize| {
-        let ratios = times[index].iter().zip(&times[0]).map(|(time, least)| time / least);
-        median(ratios.collect())
-    };
-    let mut groups = Vec::new();
-    for (index, size) in SIZES.iter().enumerate() {
-        let (first, replay) = (ratio(&firsts, index), ratio(&replays, index));
-        println!("  {size:>10} {first:>8.2} {replay:>8.2}");
-        groups.push((format!("{size} keys"), vec![first, replay]));
-        let (held, most) = (stores[index].store.len(), size + 64 * 4);
-        assert!(held <= most, "{held} records are held where {most} are alive");
-    }
-    let (p999, longest) = tail(every);
-    println!("\nfirst requests under steady expiry, 1,000,000 keys: p99.9 {p999:.0} µs, longest {longest:.0} µs");
-    let (p999, longest) = tail(growth);
-    println!("first requests while the map grows to 1,000,000: p99.9 {p999:.0} µs, longest {longest:.0} µs");
-    if let Ok(path) = std::env::var("CHART") {
-        svg::bars(
-            &path,
-            "Cost of a request by resident keys, 1,000 keys = 1",
-            &["first", "replay"],
-            &groups,
-        );
-    }
 }
 
 /// CPU time of one operation on each of so many threads at once, which is what contention adds to.
@@ -222,7 +112,10 @@ fn hot_key(body: &Bytes) {
 
 fn main() {
     let body = body();
-    by_keys(&body);
+    if let Some(size) = std::env::args().find_map(|argument| argument.strip_prefix(ONE_SIZE)?.parse().ok()) {
+        return one_size(&runtime(true), size, &body);
+    }
+    by_keys();
     by_threads(&body);
     hot_key(&body);
 }

@@ -57,8 +57,8 @@ impl PostgresStoreBuilder {
     }
 
     /// Within this time every step is answered or has failed as [`Unavailable`](StoreErrorKind::Unavailable), waiting
-    /// for a connection included. The layer tries a claim twice within its
-    /// [`store_timeout`](crate::IdempotencyLayer::store_timeout), so less than half of that. Default: one second.
+    /// for a connection included. The layer gives up a call after its
+    /// [`store_timeout`](crate::IdempotencyLayer::store_timeout), so less than that. Default: one second.
     ///
     /// # Panics
     /// If it is zero.
