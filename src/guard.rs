@@ -40,6 +40,8 @@ pub(crate) struct Guard {
     repeated: bool,
     /// Of the keys that the operation claims beside its own, with the same.
     others: Mutex<Vec<(Lease, bool)>>,
+    /// When the store was last asked to renew the operation's own, if it was.
+    asked: Mutex<Option<Instant>>,
     settled: bool,
 }
 
@@ -54,6 +56,7 @@ impl Guard {
             lease,
             repeated,
             others: Mutex::default(),
+            asked: Mutex::default(),
             settled: false,
         }
     }
@@ -120,16 +123,18 @@ impl Guard {
         let soon = (length / 12).max(Duration::from_millis(1));
         let mut pause = length / 3;
         loop {
-            sleep(pause).await;
+            // A round may have lasted, and there may have been one before: what counts is the operation's own record.
+            sleep(pause.saturating_sub(self.since_asked())).await;
             pause = length / 3;
             let others = self.others();
-            let mut asked: Option<Instant> = None;
+            let mut is_due = true;
             for other in iter::once(None).chain(others.iter().map(Some)) {
                 // It is the operation's own record that keeps others from running it. So it comes first, and again
                 // whenever it is due: many calls may take longer than a lease.
-                if asked.is_none_or(|at| at.elapsed() >= pause) {
+                if is_due || self.since_asked() >= pause {
+                    is_due = false;
                     let renewal = self.renew(&self.lease).await;
-                    asked = Some(Instant::now());
+                    *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
                     match renewal {
                         Ok(()) => {}
                         Err(error) if error.kind() == StoreErrorKind::Fenced => {
@@ -149,6 +154,12 @@ impl Guard {
                 }
             }
         }
+    }
+
+    /// No time, if it was not asked yet.
+    fn since_asked(&self) -> Duration {
+        let asked = *self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.map_or(Duration::ZERO, |at| at.elapsed())
     }
 
     async fn renew(&self, lease: &Lease) -> Result<(), StoreError> {

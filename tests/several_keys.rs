@@ -163,6 +163,32 @@ async fn a_slow_store_keeps_the_operations_own_lease_however_many_keys_stand_bes
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_operations_own_lease_lasts_from_its_last_renewal_into_a_slow_end() {
+    let store = FaultyStore::default();
+    let control = gated();
+    let layer = layer(&store)
+        .guarantee(Guarantee::AtLeastOnce)
+        .lease(Duration::from_secs(3));
+    let app = pay(&control, layer);
+    let slow = Fault::Slow(Duration::from_millis(300));
+    store.fail(Op::Renew, [slow; 100]);
+    store.fail(Op::Complete, [slow; 5]);
+    let units = ["u1", "u2", "u3", "u4"];
+    let first = spawn(&app, order("a", &units));
+    control.entered().await;
+    // In the middle of a round of renewals.
+    sleep(Duration::from_millis(3450)).await;
+    control.let_go();
+    while !first.is_finished() {
+        let duplicate = spawn(&app, order("a", &units));
+        sleep(Duration::from_millis(100)).await;
+        assert_eq!(control.runs(), 1);
+        duplicate.abort();
+    }
+    ran(&first.await.unwrap());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_key_beside_that_somebody_removed_does_not_hasten_the_renewals() {
     let store = FaultyStore::default();
     let control = gated();

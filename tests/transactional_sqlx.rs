@@ -17,11 +17,11 @@ use http::StatusCode;
 use sqlx::{Connection, Executor, postgres::PgPoolOptions};
 use support::{
     app::{call, spawn},
-    bank::{self, Bank, Library, order},
+    bank::{self, Bank, Library, PATIENCE, order},
     http::Answer,
     serve::assert_replay,
 };
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tower_idempotency::{Guarantee, IdempotencyLayer, SqlxTransaction};
 
 #[tokio::test]
@@ -56,6 +56,42 @@ async fn a_request_that_gave_up_waiting_for_a_connection_takes_none_later() {
     assert_eq!(taken.load(SeqCst), 1, "nobody else had the connection meanwhile");
 }
 
+#[tokio::test]
+async fn a_connection_that_is_slow_to_open_is_there_for_the_next_request() {
+    let bank = Bank::of(Library::Sqlx).await;
+    let (opened, gate) = (Arc::new(AtomicUsize::new(0)), Arc::new(Semaphore::new(0)));
+    let (count, closed) = (Arc::clone(&opened), Arc::clone(&gate));
+    let pool = PgPoolOptions::new()
+        .max_connections(4)
+        .after_connect(move |_, _| {
+            count.fetch_add(1, SeqCst);
+            let gate = Arc::clone(&closed);
+            Box::pin(async move {
+                drop(gate.acquire().await);
+                Ok(())
+            })
+        })
+        .connect_lazy(&bank.url())
+        .unwrap();
+    let layer = |limit| {
+        IdempotencyLayer::new(bank.store.clone().with_sqlx(pool.clone()))
+            .guarantee(Guarantee::Transactional)
+            .store_timeout(limit)
+    };
+    let hasty = bank::app(&bank.control, layer(Duration::from_millis(300)));
+    assert_eq!(call(&hasty, order("k", 5, "")).await.problem(), "store-unavailable");
+    let begun = opened.load(SeqCst);
+    assert!(begun > 0, "it got as far as the gate");
+    gate.add_permits(10);
+    while pool.num_idle() < begun {
+        assert!(pool.size() > 0, "they were given up");
+        tokio::task::yield_now().await;
+    }
+    let node = bank::app(&bank.control, layer(PATIENCE));
+    assert_eq!(call(&node, order("k", 5, "")).await.status, StatusCode::CREATED);
+    assert_eq!(opened.load(SeqCst), begun);
+}
+
 /// The first answer and that of a duplicate, and how often the handler ran, which answers while the server is still at a
 /// statement of its own. That fails later on.
 async fn answers_before_its_statement_fails(status: StatusCode, within: bool) -> (Answer, Answer, usize) {
@@ -70,12 +106,12 @@ async fn answers_before_its_statement_fails(status: StatusCode, within: bool) ->
             if within {
                 let mut savepoint = transaction.begin().await.unwrap();
                 tokio::select! {
-                    _ = savepoint.execute(FAILS) => panic!("it waits"),
+                    _ = savepoint.execute(FAILS) => {}
                     () = leave.notified() => {}
                 }
             } else {
                 tokio::select! {
-                    _ = transaction.execute(FAILS) => panic!("it waits"),
+                    _ = transaction.execute(FAILS) => {}
                     () = leave.notified() => {}
                 }
             }
@@ -91,7 +127,7 @@ async fn answers_before_its_statement_fails(status: StatusCode, within: bool) ->
     let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 77 AND NOT granted \
                  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
     while bank.look::<i64>(waits).await < 1 {
-        assert!(!first.is_finished());
+        assert!(!first.is_finished(), "it waits for the lock");
     }
     leave.notify_one();
     holder.batch_execute("SELECT pg_advisory_unlock(77)").await.unwrap();
@@ -105,6 +141,16 @@ async fn a_failure_is_kept_although_a_statement_that_its_handler_left_fails_late
     let (first, second, runs) = answers_before_its_statement_fails(StatusCode::GATEWAY_TIMEOUT, false).await;
     assert_eq!((first.status, runs), (StatusCode::GATEWAY_TIMEOUT, 1), "{first:?}");
     assert_replay(&first, &second);
+}
+
+#[tokio::test]
+async fn where_a_statement_that_the_handler_left_fails_the_transaction_has_failed_and_is_not_misused() {
+    let (first, second, runs) = answers_before_its_statement_fails(StatusCode::CREATED, false).await;
+    assert_eq!((&*first.problem(), runs), ("transaction-failed", 2), "{first:?}");
+    assert_eq!(second.problem(), "transaction-failed");
+    let (first, second, runs) = answers_before_its_statement_fails(StatusCode::SERVICE_UNAVAILABLE, false).await;
+    assert_eq!((first.status, runs), (StatusCode::SERVICE_UNAVAILABLE, 2), "{first:?}");
+    assert!(first.body.is_empty() && second.body.is_empty(), "the handler's own");
 }
 
 #[tokio::test]

@@ -106,7 +106,7 @@ pub trait Store: Send + Sync + 'static {
     /// Keeps the answer of the operation. The record is immutable from here on until it expires.
     ///
     /// # Errors
-    /// `Fenced`, `Full`, `Unavailable` or `Other`.
+    /// `Fenced`, `Full`, `Corrupt`, `Unavailable` or `Other`.
     fn complete(
         &self,
         lease: &Lease,
@@ -117,19 +117,19 @@ pub trait Store: Send + Sync + 'static {
     /// Lets the lease last for `length` from now.
     ///
     /// # Errors
-    /// `Fenced`, `Unavailable` or `Other`.
+    /// `Fenced`, `Corrupt`, `Unavailable` or `Other`.
     fn renew(&self, lease: &Lease, length: Duration) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// Makes the record vacant: the operation did not execute.
     ///
     /// # Errors
-    /// `Fenced`, `Unavailable` or `Other`.
+    /// `Fenced`, `Corrupt`, `Unavailable` or `Other`.
     fn release(&self, lease: &Lease) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// Ends the lease now and leaves the record: the operation's outcome is unknown.
     ///
     /// # Errors
-    /// `Fenced`, `Unavailable` or `Other`.
+    /// `Fenced`, `Corrupt`, `Unavailable` or `Other`.
     fn abandon(&self, lease: &Lease) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// Resolves when the record may have changed, for those who wait for it.

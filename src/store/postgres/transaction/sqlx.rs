@@ -13,7 +13,7 @@ use std::{
 
 use http::Extensions;
 use sqlx::{
-    Database, Error, Executor, PgPool, Postgres, Row, Transaction, TransactionManager,
+    Connection as _, Database, Error, Executor, PgPool, Postgres, Row, Transaction, TransactionManager,
     postgres::{PgDatabaseError, PgRow, PgSeverity},
     query, query_scalar,
 };
@@ -97,8 +97,14 @@ fn read(said: Said) -> Result<(Open, Vec<Looked>), Failure> {
 
 impl SqlxSource {
     async fn open(&self, begin: &'static str) -> Result<Open, Failure> {
-        // Here, where it may be cut: who gives up leaves the queue for a connection.
-        let connection = self.pool.acquire().await?;
+        let pool = self.pool.clone();
+        let opens_one = pool.num_idle() == 0 && pool.size() < pool.options().get_max_connections();
+        let connection = match opens_one {
+            // Not cut: one that is slow to open is there for the next request.
+            true => uncut(async move { pool.acquire().await }).await?,
+            // Who gives up leaves the queue for a connection.
+            false => pool.acquire().await?,
+        };
         let transaction = uncut(Transaction::begin(connection, Some(begin.into()))).await?;
         Ok(Open {
             transaction,
@@ -107,7 +113,7 @@ impl SqlxSource {
     }
 }
 
-/// Begins in a task of its own, which nobody cuts: cut meanwhile, sqlx would give the connection back to its pool with a
+/// In a task of its own, which nobody cuts: cut while it begins, sqlx would give the connection back to its pool with a
 /// transaction that it does not know of. For the same reason it begins with one statement and no other.
 async fn uncut<T: Send + 'static>(
     begin: impl Future<Output = Result<T, Error>> + Send + 'static,
@@ -194,7 +200,7 @@ impl Open {
 
     /// Nobody is told of a failure before it is rolled back: the next attempt may come at once.
     async fn say_or_roll_back(mut self, flight: Vec<Say>) -> Result<(Self, Vec<PgRow>), Failure> {
-        match self.say_again(flight).await {
+        match self.say_behind_handler(flight).await {
             Ok(rows) => Ok((self, rows)),
             Err(error) => {
                 let _ = self.undo().await;
@@ -203,14 +209,16 @@ impl Open {
         }
     }
 
-    /// Behind a handler. A statement that it left, as by a timeout, and that fails then, is told of in place of what is sent
-    /// next, which sqlx does not send. So what failed is said once more. If that is no better it was its own failure, or
-    /// the transaction has failed with the other.
-    async fn say_again(&mut self, flight: Vec<Say>) -> Result<Vec<PgRow>, Error> {
-        match self.say(flight.clone()).await {
-            Err(first @ Error::Database(_)) => self.say(flight).await.map_err(|_| first),
-            said => said,
+    /// A statement that the handler left, as by a timeout, and that fails then, would be told of in place of what is sent
+    /// next, which sqlx would not send. So what is still to come is read first; where nothing is, that costs nothing.
+    async fn say_behind_handler(&mut self, flight: Vec<Say>) -> Result<Vec<PgRow>, Error> {
+        while let Err(error) = self.transaction.flush().await {
+            // Each is told of once; a connection that ended with one says so next.
+            if !matches!(error, Error::Database(_)) {
+                return Err(error);
+            }
         }
+        self.say(flight).await
     }
 
     /// The rows of what was asked, one at most for each.
@@ -270,7 +278,7 @@ impl Connection for Open {
     }
 
     async fn roll_back(mut self, check: Option<Say>) -> Result<(), Failure> {
-        let checked = self.say_again(check.into_iter().collect()).await;
+        let checked = self.say_behind_handler(check.into_iter().collect()).await;
         let rolled_back = self.undo().await;
         checked.map(drop).and(rolled_back).map_err(Failure::from)
     }
