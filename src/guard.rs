@@ -40,7 +40,8 @@ pub(crate) struct Guard {
     repeated: bool,
     /// Of the keys that the operation claims beside its own, with the same.
     others: Mutex<Vec<(Lease, bool)>>,
-    /// When the store was last asked to renew the operation's own, if it was.
+    /// When the store was last asked to renew the operation's own. Until then, when anything had to wait first: before
+    /// that no time has passed, and most attempts never look at a clock.
     asked: Mutex<Option<Instant>>,
     settled: bool,
 }
@@ -123,7 +124,8 @@ impl Guard {
         let soon = (length / 12).max(Duration::from_millis(1));
         let mut pause = length / 3;
         loop {
-            // A round may have lasted, and there may have been one before: what counts is the operation's own record.
+            // A round may have lasted, and other work may have been held before this: what counts is the operation's own
+            // record.
             sleep(pause.saturating_sub(self.since_asked())).await;
             pause = length / 3;
             let others = self.others();
@@ -156,10 +158,9 @@ impl Guard {
         }
     }
 
-    /// No time, if it was not asked yet.
     fn since_asked(&self) -> Duration {
-        let asked = *self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        asked.map_or(Duration::ZERO, |at| at.elapsed())
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.get_or_insert_with(Instant::now).elapsed()
     }
 
     async fn renew(&self, lease: &Lease) -> Result<(), StoreError> {

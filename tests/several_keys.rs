@@ -189,6 +189,32 @@ async fn an_operations_own_lease_lasts_from_its_last_renewal_into_a_slow_end() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn claims_a_handler_and_an_end_that_each_last_less_than_a_renewal_are_no_longer_than_a_lease_together() {
+    let store = FaultyStore::default();
+    let control = gated();
+    let layer = layer(&store)
+        .guarantee(Guarantee::AtLeastOnce)
+        .lease(Duration::from_secs(3));
+    let app = pay(&control, layer);
+    let slow = Fault::Slow(Duration::from_millis(300));
+    store.fail(Op::Begin, [Fault::Pass, slow, slow, slow]);
+    store.fail(Op::Renew, [slow; 100]);
+    store.fail(Op::Complete, [slow; 4]);
+    let units = ["u1", "u2", "u3"];
+    let first = spawn(&app, order("a", &units));
+    control.entered().await;
+    sleep(Duration::from_millis(950)).await;
+    control.let_go();
+    while !first.is_finished() {
+        let duplicate = spawn(&app, order("a", &units));
+        sleep(Duration::from_millis(100)).await;
+        assert_eq!(control.runs(), 1);
+        duplicate.abort();
+    }
+    ran(&first.await.unwrap());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_key_beside_that_somebody_removed_does_not_hasten_the_renewals() {
     let store = FaultyStore::default();
     let control = gated();
