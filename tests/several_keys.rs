@@ -196,11 +196,12 @@ async fn claims_a_handler_and_an_end_that_each_last_less_than_a_renewal_are_no_l
         .guarantee(Guarantee::AtLeastOnce)
         .lease(Duration::from_secs(3));
     let app = pay(&control, layer);
-    let slow = Fault::Slow(Duration::from_millis(300));
-    store.fail(Op::Begin, [Fault::Pass, slow, slow, slow]);
-    store.fail(Op::Renew, [slow; 100]);
-    store.fail(Op::Complete, [slow; 4]);
-    let units = ["u1", "u2", "u3"];
+    let (quick, slow) = (Duration::from_millis(225), Duration::from_millis(300));
+    store.fail(Op::Begin, [Fault::Pass]);
+    store.fail(Op::Begin, [Fault::Slow(quick); 4]);
+    store.fail(Op::Renew, [Fault::Slow(slow); 100]);
+    store.fail(Op::Complete, [Fault::Slow(slow); 5]);
+    let units = ["u1", "u2", "u3", "u4"];
     let first = spawn(&app, order("a", &units));
     control.entered().await;
     sleep(Duration::from_millis(950)).await;
