@@ -40,9 +40,9 @@ pub(crate) struct Guard {
     repeated: bool,
     /// Of the keys that the operation claims beside its own, with the same.
     others: Mutex<Vec<(Lease, bool)>>,
-    /// When the store was last asked to renew the operation's own. Until then, when anything had to wait first: before
-    /// that no time has passed, and most attempts never look at a clock.
-    asked: Mutex<Option<Instant>>,
+    /// When the store was last asked to renew the operation's own, and how long after that it is to be asked again. Until
+    /// then, when anything had to wait first: before that no time has passed, and most attempts never look at a clock.
+    asked: Mutex<Option<(Instant, Duration)>>,
     settled: bool,
 }
 
@@ -122,29 +122,23 @@ impl Guard {
         }
         let length = self.shared.policy.lease;
         let soon = (length / 12).max(Duration::from_millis(1));
-        let mut pause = length / 3;
+        let mut others_due_in = length / 3;
         loop {
-            // A round may have lasted, and other work may have been held before this: what counts is the operation's own
-            // record.
-            sleep(pause.saturating_sub(self.since_asked())).await;
-            pause = length / 3;
+            sleep(self.due_in().min(others_due_in)).await;
+            others_due_in = length / 3;
             let others = self.others();
-            let mut is_due = true;
             for other in iter::once(None).chain(others.iter().map(Some)) {
                 // It is the operation's own record that keeps others from running it. So it comes first, and again
                 // whenever it is due: many calls may take longer than a lease.
-                if is_due || self.since_asked() >= pause {
-                    is_due = false;
-                    let renewal = self.renew(&self.lease).await;
-                    *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-                    match renewal {
-                        Ok(()) => {}
+                if self.due_in().is_zero() {
+                    match self.renew(&self.lease).await {
+                        Ok(()) => self.ask_again_in(length / 3),
                         Err(error) if error.kind() == StoreErrorKind::Fenced => {
                             let Lease { id, fence, .. } = self.lease;
                             tracing::warn!(record = %id, fence, "the lease was lost while the handler ran");
                             return;
                         }
-                        Err(_) => pause = soon,
+                        Err(_) => self.ask_again_in(soon),
                     }
                 }
                 let Some(other) = other else { continue };
@@ -152,15 +146,21 @@ impl Guard {
                     Ok(()) => {}
                     // It was ended just now, or somebody removed it.
                     Err(error) if error.kind() == StoreErrorKind::Fenced => {}
-                    Err(_) => pause = soon,
+                    Err(_) => others_due_in = soon,
                 }
             }
         }
     }
 
-    fn since_asked(&self) -> Duration {
+    /// How long the operation's own record can wait. What was held before this counts, too.
+    fn due_in(&self) -> Duration {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        asked.get_or_insert_with(Instant::now).elapsed()
+        let (at, pause) = asked.get_or_insert_with(|| (Instant::now(), self.shared.policy.lease / 3));
+        pause.saturating_sub(at.elapsed())
+    }
+
+    fn ask_again_in(&self, pause: Duration) {
+        *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), pause));
     }
 
     async fn renew(&self, lease: &Lease) -> Result<(), StoreError> {

@@ -190,29 +190,35 @@ async fn an_operations_own_lease_lasts_from_its_last_renewal_into_a_slow_end() {
 
 #[tokio::test(start_paused = true)]
 async fn claims_a_handler_and_an_end_that_each_last_less_than_a_renewal_are_no_longer_than_a_lease_together() {
-    let store = FaultyStore::default();
-    let control = gated();
-    let layer = layer(&store)
-        .guarantee(Guarantee::AtLeastOnce)
-        .lease(Duration::from_secs(3));
-    let app = pay(&control, layer);
-    let (quick, slow) = (Duration::from_millis(225), Duration::from_millis(300));
-    store.fail(Op::Begin, [Fault::Pass]);
-    store.fail(Op::Begin, [Fault::Slow(quick); 4]);
-    store.fail(Op::Renew, [Fault::Slow(slow); 100]);
-    store.fail(Op::Complete, [Fault::Slow(slow); 5]);
-    let units = ["u1", "u2", "u3", "u4"];
-    let first = spawn(&app, order("a", &units));
-    control.entered().await;
-    sleep(Duration::from_millis(950)).await;
-    control.let_go();
-    while !first.is_finished() {
-        let duplicate = spawn(&app, order("a", &units));
-        sleep(Duration::from_millis(100)).await;
-        assert_eq!(control.runs(), 1);
-        duplicate.abort();
+    // Also where all renewals fail just before one of them is over.
+    for (claim, fails, handler) in [(225, 0, 950), (260, 9, 1010)] {
+        let store = FaultyStore::default();
+        let control = gated();
+        let layer = layer(&store)
+            .guarantee(Guarantee::AtLeastOnce)
+            .lease(Duration::from_secs(3));
+        let app = pay(&control, layer);
+        let slow = Fault::Slow(Duration::from_millis(300));
+        store.fail(Op::Begin, [Fault::Pass]);
+        store.fail(Op::Begin, [Fault::Slow(Duration::from_millis(claim)); 4]);
+        store.fail(Op::Renew, vec![DOWN; fails]);
+        store.fail(Op::Renew, [slow; 100]);
+        store.fail(Op::Complete, [slow; 5]);
+        let units = ["u1", "u2", "u3", "u4"];
+        let first = spawn(&app, order("a", &units));
+        control.entered().await;
+        sleep(Duration::from_millis(handler)).await;
+        control.let_go();
+        while !first.is_finished() {
+            let duplicate = spawn(&app, order("a", &units));
+            sleep(Duration::from_millis(100)).await;
+            duplicate.abort();
+        }
+        // Whoever took it over would have begun by then.
+        sleep(Duration::from_secs(2)).await;
+        assert_eq!(control.runs(), 1, "{fails} failed renewals");
+        ran(&first.await.unwrap());
     }
-    ran(&first.await.unwrap());
 }
 
 #[tokio::test(start_paused = true)]

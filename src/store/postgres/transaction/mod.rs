@@ -141,7 +141,9 @@ impl PostgresStore {
     /// store's own, too, by [`PostgresTransaction`].
     ///
     /// How long a request waits for a connection is the pool's `acquire_timeout`, within the layer's
-    /// [`store_timeout`](crate::IdempotencyLayer::store_timeout).
+    /// [`store_timeout`](crate::IdempotencyLayer::store_timeout). A connection that is slow to open is not given up with
+    /// the request that asked for it, and holds its place in the pool for up to `acquire_timeout`, which sqlx sets to 30
+    /// seconds: a small multiple of `store_timeout` lets a pool recover sooner.
     #[cfg(feature = "sqlx")]
     #[must_use]
     pub fn with_sqlx(self, pool: ::sqlx::PgPool) -> Self {
