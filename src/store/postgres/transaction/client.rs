@@ -18,7 +18,7 @@ use tokio_postgres::{
 };
 
 use super::{
-    BEGIN_TO_LOOK, Connection, Looked, NAMES, NOT_PREPARED, Source,
+    BEGIN_TO_LOOK, Connection, Looked, NAMES, NOT_PREPARED, Place, Source,
     say::{Failure, Say, Statement},
     statements::SAVEPOINT,
     text::{text, text_of_names, text_to_prepare},
@@ -112,10 +112,6 @@ impl ClientSource {
 impl Connection for Open {
     async fn look(&mut self, flight: Vec<Say>) -> Result<Vec<Looked>, Failure> {
         Ok(Looked::read_all(&self.say(&flight).await?)?)
-    }
-
-    async fn count(&mut self, flight: Vec<Say>) -> Result<usize, Failure> {
-        Ok(self.say(&flight).await?.iter().flatten().count())
     }
 
     async fn commit(self, mut flight: Vec<Say>) -> Result<(), Failure> {
@@ -306,14 +302,17 @@ impl Looked {
     }
 
     fn read(row: &Row) -> Result<Self, StoreError> {
+        if let Some(place) = row.try_get("place").map_err(failure::classify)? {
+            return Ok(Self::claimed(Place(place)));
+        }
         let read = || {
             let fence: Option<i64> = row.try_get("fence")?;
-            Ok::<_, Error>((row.try_get("held")?, row.try_get("claimed")?, fence.is_some()))
+            Ok::<_, Error>((row.try_get("held")?, fence.is_some()))
         };
-        let (held, claimed, is_there) = read().map_err(failure::classify)?;
+        let (held, is_there) = read().map_err(failure::classify)?;
         Ok(Self {
             held,
-            claimed,
+            claimed: None,
             row: is_there.then(|| record::Row::read(row)).transpose()?,
         })
     }

@@ -12,17 +12,31 @@ use crate::{
 #[derive(Debug)]
 pub(in super::super) struct Looked {
     pub(super) held: i32,
-    pub(super) claimed: bool,
+    /// Where, if it is claimed now.
+    pub(super) claimed: Option<Place>,
     pub(super) row: Option<Row>,
 }
 
+/// Where the row of a record is that was claimed, as the server writes it.
+#[derive(Debug)]
+pub(in super::super) struct Place(pub(super) String);
+
 pub(super) enum Looking {
+    Claimed(Place),
     Found(Found),
     /// It counts as vacant, and nobody else has claimed it.
     Expired,
 }
 
 impl Looked {
+    pub(super) fn claimed(place: Place) -> Self {
+        Self {
+            held: held::NONE,
+            claimed: Some(place),
+            row: None,
+        }
+    }
+
     /// What is committed says more than who is at work. `None` if there is nothing and nobody.
     pub(super) fn found(self, id: &RecordId, claim: &Claim) -> Result<Option<Looking>, StoreError> {
         let in_flight = || match self.held {
@@ -30,8 +44,8 @@ impl Looked {
             held::FIRST => Some(Looking::Found(Found::InFlight(Whose::Same))),
             _ => Some(Looking::Found(Found::InFlight(Whose::Unclear))),
         };
-        if self.claimed {
-            return Ok(Some(Looking::Found(Found::Acquired)));
+        if let Some(place) = self.claimed {
+            return Ok(Some(Looking::Claimed(place)));
         }
         let Some(row) = self.row else {
             return Ok(in_flight());

@@ -25,7 +25,7 @@ use self::sqlx::SqlxSource;
 pub use self::sqlx::SqlxTransaction;
 use self::{
     ends::{Ends, Waking},
-    looked::{Looked, Looking},
+    looked::{Looked, Looking, Place},
     open::Open,
     say::{Failure, Say, Statement, Value},
     statements::{Locks, SEVERAL, TransactionStatements, held},
@@ -100,9 +100,6 @@ pub(super) trait Source: Send + Sync + 'static {
 pub(super) trait Connection: Send + Sized + 'static {
     /// One flight; what the rows showed.
     fn look(&mut self, flight: Vec<Say>) -> impl Future<Output = Result<Vec<Looked>, Failure>> + Send;
-
-    /// One flight; how many rows were its answer.
-    fn count(&mut self, flight: Vec<Say>) -> impl Future<Output = Result<usize, Failure>> + Send;
 
     /// All of this and then commits, or nothing of it.
     fn commit(self, flight: Vec<Say>) -> impl Future<Output = Result<(), Failure>> + Send;
@@ -307,6 +304,10 @@ impl<S: Source> TableTransactions<S> {
         let mut expired = Vec::new();
         for ((id, fingerprint), looked) in records.iter().zip(looked) {
             match looked.found(id, claim)? {
+                Some(Looking::Claimed(place)) => {
+                    open.has_row(id, place);
+                    found.push(Found::Acquired);
+                }
                 Some(Looking::Found(one)) => {
                     if let Found::Kept(Begin::Completed { .. }) = one {
                         self.hints.add(id);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use http::Extensions;
 
 use super::{
-    Connection, Looked,
+    Connection, Looked, Place,
     ends::Waking,
     named,
     say::{Failure, Say, Value},
@@ -29,6 +29,8 @@ pub(super) struct Open<C: Connection> {
     /// To a handler, which may have ended it.
     lent: bool,
     lease: Lease,
+    /// Of the operation's own record.
+    place: Option<Place>,
     /// Those that it claimed beside its own.
     pub(super) others: Vec<RecordId>,
     statements: Arc<TransactionStatements>,
@@ -51,6 +53,7 @@ impl<C: Connection> Open<C> {
             slot: Slot::of(connection),
             lent: false,
             lease,
+            place: None,
             others: Vec::new(),
             statements: Arc::clone(statements),
             waking,
@@ -58,9 +61,15 @@ impl<C: Connection> Open<C> {
         }
     }
 
-    /// The operation's own record.
+    /// Its locks are had.
     pub(super) fn has_claimed(&mut self) {
         self.waking.claimed();
+    }
+
+    pub(super) fn has_row(&mut self, id: &RecordId, place: Place) {
+        if *id == self.lease.id {
+            self.place = Some(place);
+        }
     }
 
     pub(super) async fn give_up<T>(self) -> Result<Option<T>, StoreError> {
@@ -70,45 +79,18 @@ impl<C: Connection> Open<C> {
         Ok(None)
     }
 
-    /// Claims again. Outside of the savepoint: a claim stays when what the handler wrote is undone.
-    pub(super) async fn look(&mut self, claims: Vec<Say>) -> Result<Option<Vec<Looked>>, StoreError> {
-        self.outside(claims, async |connection, flight| connection.look(flight).await)
-            .await
-    }
-
-    pub(super) async fn claim_expired(
-        &mut self,
-        claim: &Claim,
-        expired: Vec<(&RecordId, &Fingerprint)>,
-        has_all: Option<Say>,
-    ) -> Result<bool, StoreError> {
-        let count = expired.len();
-        let mut flight = Vec::new();
-        for (id, fingerprint) in expired {
-            let mut values = named(id, claim, fingerprint);
-            values.extend([Value::from(0_i64), retention_micros(claim.retention).into()]);
-            flight.push(Say::ask(&self.statements.claim_expired, values));
-        }
-        flight.extend(has_all);
-        let claimed = self.outside(flight, async |connection, flight| connection.count(flight).await);
-        Ok(claimed.await? == Some(count))
-    }
-
-    /// Says this outside of the savepoint, before a handler has the connection.
-    async fn outside<T>(
-        &mut self,
-        mut flight: Vec<Say>,
-        say: impl AsyncFnOnce(&mut C, Vec<Say>) -> Result<T, Failure>,
-    ) -> Result<Option<T>, StoreError> {
-        flight.insert(0, Say::Plain(RELEASE));
-        flight.push(Say::Plain(SAVEPOINT));
+    /// Claims, again or what has expired, before a handler has the connection. Outside of the savepoint: a claim stays when
+    /// what the handler wrote is undone.
+    pub(super) async fn look(&mut self, mut claims: Vec<Say>) -> Result<Option<Vec<Looked>>, StoreError> {
+        claims.insert(0, Say::Plain(RELEASE));
+        claims.push(Say::Plain(SAVEPOINT));
         let Some(mut connection) = self.slot.take_back() else {
             return Ok(None);
         };
-        match say(&mut connection, flight).await {
-            Ok(said) => {
+        match connection.look(claims).await {
+            Ok(looked) => {
                 self.slot = Slot::of(connection);
-                Ok(Some(said))
+                Ok(Some(looked))
             }
             Err(failure) => {
                 // Before anybody is told: the next attempt may come at once.
@@ -118,7 +100,35 @@ impl<C: Connection> Open<C> {
         }
     }
 
-    fn completion(&self, answer: &Answer) -> Vec<Say> {
+    pub(super) async fn claim_expired(
+        &mut self,
+        claim: &Claim,
+        expired: Vec<(&RecordId, &Fingerprint)>,
+        has_all: Option<Say>,
+    ) -> Result<bool, StoreError> {
+        let mut flight = Vec::new();
+        for (id, fingerprint) in &expired {
+            let mut values = named(id, claim, fingerprint);
+            values.extend([Value::from(0_i64), retention_micros(claim.retention).into()]);
+            flight.push(Say::ask(&self.statements.claim_expired, values));
+        }
+        flight.extend(has_all);
+        let Some(claimed) = self
+            .look(flight)
+            .await?
+            .filter(|claimed| claimed.len() == expired.len())
+        else {
+            return Ok(false);
+        };
+        for ((id, _), looked) in expired.into_iter().zip(claimed) {
+            if let Some(place) = looked.claimed {
+                self.has_row(id, place);
+            }
+        }
+        Ok(true)
+    }
+
+    fn completion(&self, place: Place, answer: &Answer) -> Vec<Say> {
         let Answer {
             response, retention, ..
         } = answer;
@@ -134,6 +144,7 @@ impl<C: Connection> Open<C> {
             bytes,
             checksum.into(),
             micros.into(),
+            place.0.into(),
         ];
         let mut flight = vec![Say::ask(&self.statements.complete, own)];
         if !self.others.is_empty() {
@@ -170,7 +181,10 @@ impl<C: Connection> Transaction for Open<C> {
             let Some(connection) = self.slot.take_back() else {
                 return Ended::Misused(KEPT);
             };
-            let mut flight = self.completion(&answer);
+            let Some(place) = self.place.take() else {
+                return Ended::Failed(StoreErrorKind::Other.into());
+            };
+            let mut flight = self.completion(place, &answer);
             if !answer.with_writes {
                 flight.insert(0, Say::Plain(UNDO));
             }

@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use tokio_postgres::SimpleQueryRow;
 
-use super::Looked;
+use super::{Looked, Place};
 use crate::{
     error::{StoreError, StoreErrorKind},
     store::postgres::{failure, record},
@@ -13,9 +13,12 @@ use crate::{
 impl Looked {
     pub(super) fn read_text(row: &SimpleQueryRow) -> Result<Self, StoreError> {
         let cell = |column: &str| row.try_get(column).map_err(failure::classify);
+        if let Some(place) = cell("place")? {
+            return Ok(Self::claimed(Place(place.to_owned())));
+        }
         Ok(Self {
             held: parsed(cell("held")?)?.ok_or_else(no_such_text)?,
-            claimed: flag(cell("claimed")?)?.ok_or_else(no_such_text)?,
+            claimed: None,
             row: match parsed(cell("fence")?)? {
                 None => None,
                 Some(fence) => Some(record::Row {
@@ -72,7 +75,7 @@ mod of_sqlx {
         postgres::{PgRow, PgValueFormat},
     };
 
-    use super::{Looked, bytes_of};
+    use super::{Looked, Place, bytes_of};
     use crate::{
         error::{StoreError, StoreErrorKind},
         store::postgres::record,
@@ -85,10 +88,13 @@ mod of_sqlx {
 
         pub(in super::super) fn read_sqlx(row: &PgRow) -> Result<Self, StoreError> {
             let read = || {
+                if let Some(place) = row.try_get("place")? {
+                    return Ok(Self::claimed(Place(place)));
+                }
                 let fence: Option<i64> = row.try_get("fence")?;
                 Ok::<_, Error>(Self {
                     held: row.try_get("held")?,
-                    claimed: row.try_get("claimed")?,
+                    claimed: None,
                     row: match fence {
                         None => None,
                         Some(fence) => Some(record::Row {

@@ -258,10 +258,6 @@ impl Connection for Open {
         Ok(Looked::read_all_sqlx(&self.say(flight).await?)?)
     }
 
-    async fn count(&mut self, flight: Vec<Say>) -> Result<usize, Failure> {
-        Ok(self.say(flight).await?.len())
-    }
-
     async fn commit(mut self, flight: Vec<Say>) -> Result<(), Failure> {
         let undoes = matches!(flight.first(), Some(Say::Plain(UNDO)));
         if undoes {

@@ -52,14 +52,15 @@ pub(crate) struct TransactionStatements {
     /// Undoes it. No row.
     pub(super) unbound: Arc<Statement>,
     /// As [`claim`](Self::claim), of a record that was never there and that nobody is at work on, which is by far the most
-    /// frequent: one row if it is claimed now, else none, and then nothing is known. Costs two thirds. It looks first: who
-    /// only looks holds no lock that others would take for work, and an insert would wait for whoever changes the row. In
-    /// a `CASE`, which has an order. Behind a lock of the table: then it waits only for a claim of another guarantee while
-    /// that is committed, and for whoever has locked an index alone.
+    /// frequent: one row, its [place](PLACE), if it is claimed now, else none, and then nothing is known. Costs two thirds.
+    /// It looks first: who only looks holds no lock that others would take for work, and an insert would wait for whoever
+    /// changes the row. In a `CASE`, which has an order. Behind a lock of the table: then it waits only for a claim of
+    /// another guarantee while that is committed, and for whoever has locked an index alone. Times are the statement's: of
+    /// a time that is another each time the server would make a subquery, which costs more than the rest of the row.
     pub(super) claim_new: Arc<Statement>,
     /// `$1` id, `$2` owner, `$3` algorithm and `$4` digest of the fingerprint, `$5` retention, `$6` to `$8` the locks.
-    /// Claims what is vacant. One row: which lock is [held](held) by somebody else, whether the record is `claimed` now,
-    /// and the *record* that was there before, if there was one. None of all that: somebody had it who let it go, or
+    /// Claims what is vacant. One row: which lock is [held](held) by somebody else, the [place](PLACE) of the record if it
+    /// is claimed now, and the *record* that was there before, if there was one. None of all that: somebody had it who let it go, or
     /// who committed since the statement began. Waiting is as it was before the bound.
     ///
     /// If the first claim of a transaction is not to be had, the following ones do [nothing](held::NOT_ASKED): a request
@@ -70,8 +71,9 @@ pub(crate) struct TransactionStatements {
     /// `$1` id, `$2` to `$4` the locks. One row: as of a claim, but nothing is claimed, and the second lock is `held` if
     /// whoever holds it has a first lock of the same record for another fingerprint, and all that it wants to claim.
     pub(super) look: Arc<Statement>,
-    /// `$1` id, `$2` owner, `$3` answer, `$4` checksum, `$5` retention. Fails with a division by zero if this transaction
-    /// has not claimed the record, so that nothing of it is committed.
+    /// `$1` id, `$2` owner, `$3` answer, `$4` checksum, `$5` retention, `$6` the [place](PLACE). No row. Fails with a division
+    /// by zero if this transaction has not claimed the record, so that nothing of it is committed. To look twice where the
+    /// row is costs less than to search the index for it once and to count what was changed.
     pub(super) complete: Arc<Statement>,
     /// `$1` ids, `$2` owner, `$3` answer, `$4` checksums, `$5` retention. The same for several records.
     pub(super) complete_others: Arc<Statement>,
@@ -79,7 +81,7 @@ pub(crate) struct TransactionStatements {
     pub(super) check: Arc<Statement>,
     /// `$1` ids, `$2` owner. Lets others see that this transaction has claimed all of them, if it has. No row.
     pub(super) has_all: Arc<Statement>,
-    /// As for a plain claim.
+    /// As for a plain claim, and where the record is: its [place](PLACE).
     pub(super) claim_expired: Arc<Statement>,
     /// `$1` the second lock, `$2` how long to wait. Waits until the transaction that holds it is over, and has `got` it.
     pub(super) wait: Arc<Statement>,
@@ -87,6 +89,9 @@ pub(crate) struct TransactionStatements {
 
 /// What became of the first claim of a transaction: a setting of that transaction.
 const FIRST_CLAIM: &str = "tower_idempotency.first_claim";
+
+/// Where the row is that was written: nobody else changes or moves it before this transaction is over.
+const PLACE: &str = "ctid::text AS place";
 
 /// Which lock somebody else holds.
 pub(super) mod held {
@@ -101,7 +106,8 @@ impl TransactionStatements {
     pub(in super::super) fn new(table: &PostgresTable, statements: &Statements) -> Self {
         let (record, not_asked) = (RECORD, held::NOT_ASKED);
         let table = table.quoted();
-        let (expires_at, completed_until) = (after("$5::bigint"), after("$5::bigint"));
+        let completed_until = after("$5::bigint");
+        let expires_at = completed_until.replace("clock_timestamp", "statement_timestamp");
         let ours = "owner = $2::bytea AND xmin = pg_current_xact_id_if_assigned()::xid";
         let completed = format!(
             "state = 'c', answer = $3::bytea, expires_at = {completed_until}, \
@@ -120,7 +126,7 @@ impl TransactionStatements {
         let lock_table = format!("LOCK TABLE {table} IN ROW EXCLUSIVE MODE");
         let insert = format!(
             "INSERT INTO {table} (id, owner, fence, state, algorithm, fingerprint, lease_until, expires_at, purge_at, \
-             retention) SELECT $1::bytea, $2::bytea, 1, 'p', $3::smallint, $4::bytea, clock_timestamp(), {expires_at}, \
+             retention) SELECT $1::bytea, $2::bytea, 1, 'p', $3::smallint, $4::bytea, statement_timestamp(), {expires_at}, \
              {expires_at}, $5::bigint"
         );
         Self {
@@ -131,8 +137,7 @@ impl TransactionStatements {
             claim_new: Statement::of(format!(
                 "{insert} WHERE CASE WHEN EXISTS (SELECT FROM {table} WHERE id = $1::bytea) THEN false \
                  WHEN pg_try_advisory_xact_lock($6::integer, $7::integer) THEN pg_try_advisory_xact_lock($8::bigint) \
-                 ELSE false END ON CONFLICT DO NOTHING \
-                 RETURNING 0 AS held, true AS claimed, NULL::bigint AS fence"
+                 ELSE false END ON CONFLICT DO NOTHING RETURNING {PLACE}"
             )),
             claim: Statement::of(format!(
                 "WITH seen AS MATERIALIZED (SELECT {record}, expires_at > clock_timestamp() AS is_kept FROM {table} \
@@ -142,10 +147,10 @@ impl TransactionStatements {
                  WHEN NOT pg_try_advisory_xact_lock($6::integer, $7::integer) THEN 1 \
                  WHEN NOT pg_try_advisory_xact_lock($8::bigint) THEN 2 ELSE 0 END AS held), \
                  made AS ({insert} FROM asked WHERE held = 0 AND NOT EXISTS (SELECT FROM seen) \
-                 ON CONFLICT DO NOTHING RETURNING true AS claimed) \
+                 ON CONFLICT DO NOTHING RETURNING {PLACE}) \
                  SELECT {unbound}, set_config('{FIRST_CLAIM}', coalesce(nullif(current_setting('{FIRST_CLAIM}', true), ''), \
                  CASE WHEN held = 0 AND is_kept IS NOT TRUE THEN 'had' ELSE 'refused' END), true), \
-                 held, coalesce(claimed, false) AS claimed, seen.* \
+                 held, place, seen.* \
                  FROM asked LEFT JOIN made ON true LEFT JOIN seen ON true"
             )),
             try_first: Statement::of(format!(
@@ -164,12 +169,13 @@ impl TransactionStatements {
                  AND (SELECT coalesce(max(keys.objid::bigint), 1) FROM locks AS keys \
                  WHERE keys.virtualtransaction = second.virtualtransaction \
                  AND keys.objsubid = 2 AND keys.classid = {SEVERAL_KEYS}::integer::oid) = 1) \
-                 THEN 2 ELSE 0 END AS held, false AS claimed, found.* \
+                 THEN 2 ELSE 0 END AS held, NULL AS place, found.* \
                  FROM (SELECT) AS one LEFT JOIN (SELECT {record} FROM {table} WHERE id = $1::bytea) AS found ON true"
             )),
             complete: Statement::of(format!(
-                "WITH done AS (UPDATE {table} SET {completed}, checksum = $4::integer \
-                 WHERE id = $1::bytea AND {ours} RETURNING 1) SELECT 1 / count(*) AS done FROM done"
+                "UPDATE {table} SET {completed}, checksum = $4::integer \
+                 WHERE ctid = $6::text::tid AND 1 / (EXISTS \
+                 (SELECT FROM {table} WHERE ctid = $6::text::tid AND id = $1::bytea AND {ours}))::integer = 1"
             )),
             complete_others: Statement::of(format!(
                 "WITH done AS (UPDATE {table} SET {completed}, checksum = other.checksum \
@@ -184,7 +190,7 @@ impl TransactionStatements {
                 "SELECT 1 WHERE CASE WHEN (SELECT count(*) FROM {table} WHERE id = ANY ($1::bytea[]) AND {ours}) \
                  = cardinality($1::bytea[]) THEN pg_try_advisory_xact_lock_shared({SEVERAL_KEYS}, 1) ELSE false END IS NULL"
             )),
-            claim_expired: Statement::of(statements.claim_expired.as_str()),
+            claim_expired: Statement::of(format!("{}, {PLACE}", statements.claim_expired)),
             wait: Statement::of(format!(
                 "SELECT {bounded}, pg_advisory_xact_lock($1::bigint)::text, true AS got",
                 bounded = bounded("$2")

@@ -23,6 +23,10 @@ fn id() -> RecordId {
     RecordId::from_bytes([1; 32])
 }
 
+fn place() -> Place {
+    Place("(0,1)".to_owned())
+}
+
 fn row(state: i8) -> Row {
     Row {
         owner: Some(vec![7; 16]),
@@ -55,6 +59,7 @@ fn a_claim_finds_what_is_committed_before_who_is_at_work() {
     let found = |held, claimed, row: Option<Row>, owner| {
         let looked = Looked { held, claimed, row };
         match looked.found(&id(), &claim(owner)) {
+            Ok(Some(Looking::Claimed(_))) => "claimed",
             Ok(Some(Looking::Found(Found::Acquired))) => "acquired",
             Ok(Some(Looking::Found(Found::InFlight(Whose::Same)))) => "same",
             Ok(Some(Looking::Found(Found::InFlight(Whose::Another)))) => "another",
@@ -74,16 +79,16 @@ fn a_claim_finds_what_is_committed_before_who_is_at_work() {
         (held::FIRST, "same", "same"),
         (held::SECOND, "unclear", "unclear"),
     ] {
-        assert_eq!(found(held, true, None, 8), "acquired");
-        assert_eq!(found(held, false, None, 8), nothing);
-        assert_eq!(found(held, false, Some(expired(row(in_progress))), 8), over);
-        assert_eq!(found(held, false, Some(row(in_progress)), 8), "kept");
+        assert_eq!(found(held, Some(place()), None, 8), "claimed");
+        assert_eq!(found(held, None, None, 8), nothing);
+        assert_eq!(found(held, None, Some(expired(row(in_progress))), 8), over);
+        assert_eq!(found(held, None, Some(row(in_progress)), 8), "kept");
         assert_eq!(
-            found(held, false, Some(row(in_progress)), 7),
+            found(held, None, Some(row(in_progress)), 7),
             "nothing",
             "it was never committed"
         );
-        assert_eq!(found(held, false, Some(row(b'x' as i8)), 8), "an error");
+        assert_eq!(found(held, None, Some(row(b'x' as i8)), 8), "an error");
     }
 }
 
@@ -98,7 +103,7 @@ struct Nowhere(fn() -> Looked);
 fn nobody(held: i32) -> Looked {
     Looked {
         held,
-        claimed: false,
+        claimed: None,
         row: None,
     }
 }
@@ -130,10 +135,6 @@ impl Source for Shows {
 impl Connection for Nowhere {
     async fn look(&mut self, _: Vec<Say>) -> Result<Vec<Looked>, Failure> {
         Ok(vec![(self.0)()])
-    }
-
-    async fn count(&mut self, _: Vec<Say>) -> Result<usize, Failure> {
-        Ok(0)
     }
 
     async fn commit(self, _: Vec<Say>) -> Result<(), Failure> {
