@@ -18,14 +18,14 @@ use tokio_postgres::{
 };
 
 use super::{
-    BEGIN_TO_LOOK, Connection, Looked, NAMES, NOT_PREPARED, Place, Source,
+    BEGIN_TO_LOOK, Connection, Looked, NAMES, NOT_PREPARED, Source,
     say::{Failure, Say, Statement},
     statements::SAVEPOINT,
     text::{text, text_of_names, text_to_prepare},
 };
 use crate::{
     error::{StoreError, StoreErrorKind},
-    store::postgres::{failure, record},
+    store::postgres::failure,
     transactional::{Lent, Missing, MissingTransaction, Slot},
 };
 
@@ -294,28 +294,6 @@ async fn in_one_flight(mut calls: Vec<Answering<'_>>) -> Vec<Answer> {
     })
     .await;
     answers.into_iter().flatten().collect()
-}
-
-impl Looked {
-    fn read_all(rows: &[Option<Row>]) -> Result<Vec<Self>, StoreError> {
-        rows.iter().flatten().map(Self::read).collect()
-    }
-
-    fn read(row: &Row) -> Result<Self, StoreError> {
-        if let Some(place) = row.try_get("place").map_err(failure::classify)? {
-            return Ok(Self::claimed(Place(place)));
-        }
-        let read = || {
-            let fence: Option<i64> = row.try_get("fence")?;
-            Ok::<_, Error>((row.try_get("held")?, fence.is_some()))
-        };
-        let (held, is_there) = read().map_err(failure::classify)?;
-        Ok(Self {
-            held,
-            claimed: None,
-            row: is_there.then(|| record::Row::read(row)).transpose()?,
-        })
-    }
 }
 
 pub(super) fn no_row() -> Failure {

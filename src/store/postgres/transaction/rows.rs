@@ -1,8 +1,8 @@
-//! What rows show that come as texts, and sqlx's, which come in either format.
+//! What rows show: those of tokio-postgres, those that come as texts, and sqlx's, which come in either format.
 
 use std::str::FromStr;
 
-use tokio_postgres::SimpleQueryRow;
+use tokio_postgres::{Error, Row, SimpleQueryRow};
 
 use super::{Looked, Place};
 use crate::{
@@ -11,6 +11,26 @@ use crate::{
 };
 
 impl Looked {
+    pub(super) fn read_all(rows: &[Option<Row>]) -> Result<Vec<Self>, StoreError> {
+        rows.iter().flatten().map(Self::read).collect()
+    }
+
+    pub(super) fn read(row: &Row) -> Result<Self, StoreError> {
+        if let Some(place) = row.try_get("place").map_err(failure::classify)? {
+            return Ok(Self::claimed(Place(place)));
+        }
+        let read = || {
+            let fence: Option<i64> = row.try_get("fence")?;
+            Ok::<_, Error>((row.try_get("held")?, fence.is_some()))
+        };
+        let (held, is_there) = read().map_err(failure::classify)?;
+        Ok(Self {
+            held,
+            claimed: None,
+            row: is_there.then(|| record::Row::read(row)).transpose()?,
+        })
+    }
+
     pub(super) fn read_text(row: &SimpleQueryRow) -> Result<Self, StoreError> {
         let cell = |column: &str| row.try_get(column).map_err(failure::classify);
         if let Some(place) = cell("place")? {
