@@ -184,7 +184,10 @@ impl<S: Clone> Exchange<S> {
     pub(crate) fn next<R: Body>(&mut self, begin: Result<Begin, StoreError>) -> Next<R> {
         let begin = match begin {
             Ok(begin) => begin,
-            Err(error) if self.may_run_without_store(&error) => return Next::RunUnprotected,
+            Err(error) if self.may_run_without_store(&error) => {
+                self.stop_waiting();
+                return Next::RunUnprotected;
+            }
             Err(error) => return Next::Reply(self.refuse(unusable_store(&error))),
         };
         let comparison = self.compare(&begin);
@@ -194,7 +197,10 @@ impl<S: Clone> Exchange<S> {
             .refuses_duplicates
             .then_some(RejectionKind::DuplicateRequest);
         match decide(begin, comparison, policy.guarantee, policy.concurrent, duplicates) {
-            Decision::Run(lease) => Next::Run(lease),
+            Decision::Run(lease) => {
+                self.stop_waiting();
+                Next::Run(lease)
+            }
             Decision::Replay(stored) => Next::Reply(self.replay(&stored)),
             Decision::Refuse(rejection) => Next::Reply(self.refuse(rejection)),
             // A store that was asked for just this and neither did it nor found anything else would be asked for ever.

@@ -118,6 +118,12 @@ impl<S: Clone> Exchange<S> {
 }
 
 impl<S> Exchange<S> {
+    /// It is to run. Its place and its listener are for others from here on: what is left in the box of an exchange
+    /// stays there until the handler has ended.
+    pub(crate) fn stop_waiting(&mut self) {
+        self.wait = None;
+    }
+
     /// Until the record may have changed. May be dropped: the place is free then.
     pub(crate) async fn wait(mut self: Box<Self>) -> Box<Self> {
         if let Some(wait) = &mut self.wait {

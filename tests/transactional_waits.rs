@@ -78,6 +78,32 @@ async fn of_those_who_wait_for_a_request_that_is_rolled_back_one_runs() {
 }
 
 #[tokio::test]
+async fn a_waiter_that_runs_in_a_transaction_waits_no_more_and_its_place_is_free() {
+    for library in BOTH {
+        let one = |layer| waiting(layer).max_waiters(1);
+        let bank = Bank::with(library, gated(), one).await;
+        let first = spawn(&bank.app, order("k", 5, "503"));
+        bank.control.entered().await;
+        let other = spawn(&bank.app, order("k", 5, "503"));
+        waited(&bank.layer, 1).await;
+        bank.control.let_go();
+        first.await.unwrap();
+        bank.control.entered().await;
+        let more = spawn(&bank.app, order("k", 5, "503"));
+        while bank.layer.counters().waited < 2 {
+            assert!(!more.is_finished(), "{library:?} {:?}", more.await);
+            tokio::task::yield_now().await;
+        }
+        bank.control.let_go();
+        bank.control.let_go();
+        for waiter in [other, more] {
+            assert_eq!(waiter.await.unwrap().status.as_u16(), 503);
+        }
+        assert_eq!(bank.control.runs(), 3);
+    }
+}
+
+#[tokio::test]
 async fn a_wait_ends_when_its_time_is_over() {
     for library in BOTH {
         let wait = |layer: IdempotencyLayer| layer.on_concurrent(Concurrent::Wait(Duration::from_millis(300)));

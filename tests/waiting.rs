@@ -123,6 +123,60 @@ async fn a_waiter_that_leaves_frees_its_place_at_once() {
     assert_eq!(layer.counters().detached, 0, "a waiter has nothing to finish");
 }
 
+/// Once the only one who may wait runs: one more waits, instead of being refused, and gets the answer.
+async fn assert_one_more_may_wait(app: &axum::Router, layer: &IdempotencyLayer, control: &Control) {
+    let more = spawn(app, keyed("k", "a"));
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    assert!(!more.is_finished(), "{:?}", more.await);
+    assert_eq!(layer.counters().waited, 2);
+    control.let_go();
+    assert!(more.await.unwrap().is_replay());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_that_runs_waits_no_more_and_its_place_is_free() {
+    let layer = waiting(MemoryStore::new()).max_waiters(1);
+    let control = gated();
+    let app = answering(&control, layer.clone(), |run, _, _| {
+        let status = if run == 1 {
+            StatusCode::SERVICE_UNAVAILABLE
+        } else {
+            StatusCode::OK
+        };
+        (status, format!("run {run}")).into_response()
+    });
+    let first = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    let other = spawn(&app, keyed("k", "a"));
+    waited(&layer, 1).await;
+    control.let_go();
+    first.await.unwrap();
+    control.entered().await;
+    assert_one_more_may_wait(&app, &layer, &control).await;
+    assert_eq!(other.await.unwrap().body, "run 2");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_that_runs_without_the_store_waits_no_more_either() {
+    let store = FaultyStore::default();
+    let layer = waiting(store.clone()).max_waiters(1).dangerously_run_without_store();
+    let control = gated();
+    let (app, first, others) = first_and_waiters(&layer, &control, 1).await;
+    store.down(Fault::Error(StoreErrorKind::Unavailable));
+    control.entered().await;
+    store.up();
+    // The gate is a queue, and the first one is its head.
+    assert_one_more_may_wait(&app, &layer, &control).await;
+    first.await.unwrap();
+    control.let_go();
+    assert_eq!(
+        others.into_iter().next().unwrap().await.unwrap().status,
+        StatusCode::CREATED
+    );
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_different_request_does_not_wait() {
     let layer = waiting(MemoryStore::new());

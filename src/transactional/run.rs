@@ -87,6 +87,7 @@ impl<S> Exchange<S> {
         B: RequestBody,
         R: Body,
     {
+        self.stop_waiting();
         let shared = Arc::clone(&self.shared);
         let Identity { id, ref key, .. } = self.identity;
         let key = key.clone();
