@@ -5,9 +5,10 @@ mod support;
 
 use std::time::Duration;
 
+use axum::response::IntoResponse;
 use http::StatusCode;
 use sha2::{Digest, Sha256};
-use support::app::{call, gated, keyed, open, pay, spawn};
+use support::app::{answering, call, gated, keyed, open, pay, spawn};
 use tokio::time::advance;
 use tower_idempotency::{
     Begin, Claim, Fingerprint, IdempotencyLayer, Lease, MemoryStore, Owner, RecordId, Retention, Store, StoreErrorKind,
@@ -90,6 +91,48 @@ async fn a_full_store_has_room_again_once_something_expired_wherever_it_was() {
         acquire(&store, number).await;
     }
     assert_eq!(begin(&store, 200).await.unwrap_err(), StoreErrorKind::Full);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_finds_no_room_removes_what_expired_until_there_is_as_much_as_it_takes() {
+    let each = bytes_of_a_record().await;
+    let store = MemoryStore::builder().max_bytes(5000 * each).build();
+    for number in 0.. {
+        // Each is completed with a few bytes more than it had, which find room wherever it is.
+        let Ok(Begin::Acquired(lease)) = begin(&store, number).await else {
+            break;
+        };
+        let answer = StoredResponse::not_kept(StatusCode::OK);
+        store.complete(&lease, &answer, Retention::For(HOUR)).await.unwrap();
+    }
+    let filled = store.len();
+    advance(HOUR).await;
+    let as_much_as_500 = vec![b'x'; 500 * each as usize];
+    let app = answering(&open(), IdempotencyLayer::new(store.clone()), move |_, _, _| {
+        as_much_as_500.clone().into_response()
+    });
+    call(&app, keyed("k", "a")).await;
+    assert!(call(&app, keyed("k", "a")).await.is_replay());
+    let removed = filled - store.len();
+    assert!((450..1000).contains(&removed), "{removed} of {filled} were removed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn as_many_new_keys_as_records_expired_have_room_in_a_full_store_and_no_more() {
+    let store = MemoryStore::builder().max_records(1000).build();
+    for number in 0..1000 {
+        // Here and there among the others, in whatever part of the store.
+        complete(&store, number, if number % 100 == 0 { HOUR } else { 2 * HOUR }).await;
+    }
+    advance(HOUR).await;
+    for number in 1000..1010 {
+        acquire(&store, number).await;
+    }
+    assert_eq!(begin(&store, 1010).await.unwrap_err(), StoreErrorKind::Full);
+    for number in (0..1000).filter(|number| number % 100 != 0) {
+        let found = begin(&store, number).await;
+        assert!(matches!(found, Ok(Begin::Completed { .. })), "{number}: {found:?}");
+    }
 }
 
 #[tokio::test]

@@ -3,6 +3,8 @@
 mod budget;
 mod expiry;
 mod shard;
+#[cfg(test)]
+mod tests;
 
 use std::{
     fmt,
@@ -26,7 +28,8 @@ use crate::{
 /// Keeps records in memory: for one process, for tests, and wherever losing them at a restart is acceptable.
 ///
 /// Clones share the records. Each operation takes one lock of many for a moment and costs the same whatever the
-/// number of records. Records that expired are removed a few at a time by later operations, so nothing is swept.
+/// number of records. Records that expired are removed a few at a time by later operations. There is no sweep of all of
+/// them: where the store is full, a new key or an answer removes as many more, wherever they are, as it needs room.
 ///
 /// Time is [`tokio::time`], which a test may pause.
 ///
@@ -54,6 +57,10 @@ const NEVER: Time = u64::MAX;
 
 /// Many more than cores: locks are rarely contended, and a map that grows moves only its own few records.
 const SHARDS: usize = 64;
+
+/// Expired records that are removed at most before a step that found no room is tried again. Several: whoever comes next
+/// finds room at once.
+const REMOVED_FOR_ROOM: usize = 32;
 
 /// Sets the limits of a [`MemoryStore`].
 #[derive(Clone, Debug)]
@@ -130,11 +137,19 @@ impl MemoryStore {
         lock(&self.inner.shards[index])
     }
 
-    /// Removes what has expired everywhere, for a claim or an answer that found no room.
-    fn sweep(&self, now: Time) {
+    /// For a step that found no room: removes what has expired, wherever it is, and tries the step again after every few
+    /// records. The rest is left to those who come later: all at once would keep a thread for seconds.
+    fn make_room<T>(&self, now: Time, step: impl Fn() -> Result<T, NoRoom>) -> Result<T, NoRoom> {
         for shard in &self.inner.shards {
-            lock(shard).remove_expired(now, usize::MAX, &self.inner.budget);
+            // The guard ends with the condition: the step takes a lock, too.
+            while lock(shard).remove_expired(now, REMOVED_FOR_ROOM, &self.inner.budget) > 0 {
+                if let Ok(done) = step() {
+                    return Ok(done);
+                }
+            }
         }
+        // Others may have removed what this one did not find.
+        step()
     }
 }
 
@@ -179,14 +194,9 @@ impl MemoryStore {
             std::thread::sleep(Duration::from_millis(1));
             self.shard(id).forget(id, budget);
         }
-        // The guard ends with the statement: the sweep below takes every lock in turn.
-        let first = self.shard(id).begin(id, claim, now, budget);
-        first.or_else(|NoRoom| {
-            self.sweep(now);
-            self.shard(id)
-                .begin(id, claim, now, budget)
-                .map_err(|NoRoom| StoreErrorKind::Full.into())
-        })
+        let begin = || self.shard(id).begin(id, claim, now, budget);
+        let begun = begin().or_else(|NoRoom| self.make_room(now, begin));
+        begun.map_err(|NoRoom| StoreErrorKind::Full.into())
     }
 
     pub(crate) fn complete_now(
@@ -198,13 +208,12 @@ impl MemoryStore {
         let now = self.now();
         let keep = retention_nanos(retention);
         let budget = &self.inner.budget;
-        // The guard ends with the statement, as in `begin`.
-        let mut listeners = self.shard(&lease.id).complete(lease, response, keep, now, budget);
-        if matches!(&listeners, Err(error) if error.kind() == StoreErrorKind::Full) {
-            self.sweep(now);
-            listeners = self.shard(&lease.id).complete(lease, response, keep, now, budget);
-        }
-        let listeners = listeners?;
+        let complete = || match self.shard(&lease.id).complete(lease, response, keep, now, budget) {
+            Err(error) if error.kind() == StoreErrorKind::Full => Err(NoRoom),
+            result => Ok(result),
+        };
+        let completed = complete().or_else(|NoRoom| self.make_room(now, complete));
+        let listeners = completed.unwrap_or_else(|NoRoom| Err(StoreErrorKind::Full.into()))?;
         if let Some(listeners) = listeners {
             listeners.notify_waiters();
         }
@@ -328,37 +337,5 @@ impl Hasher for IdHasher {
 
     fn finish(&self) -> u64 {
         self.hash
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-
-    use std::collections::HashSet;
-
-    use super::*;
-
-    #[test]
-    fn ids_are_spread_over_all_shards_wherever_they_differ() {
-        let mut store = MemoryStore::new();
-        // Odd, and otherwise as good as any.
-        Arc::get_mut(&mut store.inner).unwrap().hasher.secret = 0x9e37_79b9_7f4a_7c15;
-        for differing_at in 0..7 {
-            let shards = (0..4096_u16).map(|number| {
-                let mut id = [0; 32];
-                id[differing_at..differing_at + 2].copy_from_slice(&number.to_le_bytes());
-                std::ptr::from_ref(&*store.shard(&RecordId::from_bytes(id)))
-            });
-            assert_eq!(shards.collect::<HashSet<_>>().len(), SHARDS, "at byte {differing_at}");
-        }
-    }
-
-    #[test]
-    fn no_bit_of_an_id_is_lost_in_its_hash() {
-        let even = (0..64)
-            .filter(|_| IdHasherBuilder::random().secret.is_multiple_of(2))
-            .count();
-        assert_eq!(even, 0);
     }
 }

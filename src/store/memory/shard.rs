@@ -225,10 +225,10 @@ impl Shard {
     }
 
     /// Removes up to `most` records whose time is over, and moves those whose lease has ended to the queue of their
-    /// retention.
-    pub(super) fn remove_expired(&mut self, now: Time, most: usize, budget: &Budget) {
-        for _ in 0..most {
-            let Some(id) = self.expiry.pop(now) else { return };
+    /// retention. Gives how many there were; fewer than `most` if that was all.
+    pub(super) fn remove_expired(&mut self, now: Time, most: usize, budget: &Budget) -> usize {
+        for count in 0..most {
+            let Some(id) = self.expiry.pop(now) else { return count };
             let record = self.records.get_mut(&id);
             debug_assert!(record.is_some(), "a queued record is gone");
             let Some(record) = record else { continue };
@@ -240,6 +240,7 @@ impl Shard {
                 _ => self.remove(&id, budget),
             }
         }
+        most
     }
 
     #[cfg(seeded_bug)]
