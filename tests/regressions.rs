@@ -370,6 +370,27 @@ async fn what_expired_is_removed_however_many_durations_there_are() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_record_that_is_kept_for_a_year_delays_the_removal_of_no_other() {
+    // Enough for each of the retentions to be in every part of the store.
+    const EACH: u64 = 1000;
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+    let store = MemoryStore::builder().max_records(34 * EACH).build();
+    let days = (0..32).map(|minutes| DAY - Duration::from_secs(60 * minutes));
+    // The year is longer than all that there is by then, and the last day comes behind it.
+    let retentions = days.chain([365 * DAY, DAY]);
+    let answer = StoredResponse::not_kept(StatusCode::OK);
+    for (number, kept) in (0..).zip(retentions.flat_map(|kept| std::iter::repeat_n(kept, EACH as usize))) {
+        let lease = acquire(&store, &id(number), &claim(Fingerprint::new(1, [0; 32]))).await;
+        store.complete(&lease, &answer, Retention::For(kept)).await.unwrap();
+    }
+    tokio::time::advance(DAY).await;
+    // Beside those that are kept for a year there is room for all others anew.
+    for number in (34 * EACH..).take(33 * EACH as usize) {
+        acquire(&store, &id(number), &claim(Fingerprint::new(1, [0; 32]))).await;
+    }
+}
+
 // ---- answers
 
 #[tokio::test]

@@ -2,19 +2,23 @@
 //!
 //! Deadlines that are equally far away are reached in the order in which they were set, so each distance has its own
 //! queue and only the fronts are ever looked at. A deadline that is no longer wanted is marked in its place, found by
-//! the ticket that its record holds.
+//! the ticket that its record holds. Distances for which there is no queue left are kept apart, in order, in O(log n).
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use super::{NEVER, Time};
 use crate::record::RecordId;
 
-/// Distances that get a queue of their own at one time: a few leases and retentions in practice. More of them share the
-/// queue of the next longer one, or of the longest, where a record may be removed late but never early.
+/// Distances that get a queue of their own at one time: a few leases and retentions in practice. More of them are kept
+/// apart: in the queue of another distance each would be removed as late as the one before it.
 const MAX_CLASSES: usize = 32;
 
 pub(super) struct Expiry {
     classes: Vec<Class>,
+    /// The deadlines that are in no queue, by their time; the numbers tell those of one time apart.
+    apart: BTreeMap<(Time, u64), RecordId>,
+    /// How many were ever put there.
+    set_apart: u64,
     /// No deadline is before this one; most of the time no queue has to be looked at.
     next: Time,
 }
@@ -34,9 +38,9 @@ struct Entry {
 
 /// The place of a record's only deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Ticket {
-    class: u8,
-    number: u64,
+pub(super) enum Ticket {
+    Queued { class: u8, number: u64 },
+    Apart { at: Time, number: u64 },
 }
 
 const CANCELLED: Time = 0;
@@ -45,6 +49,8 @@ impl Default for Expiry {
     fn default() -> Self {
         Self {
             classes: Vec::new(),
+            apart: BTreeMap::new(),
+            set_apart: 0,
             next: NEVER,
         }
     }
@@ -58,20 +64,26 @@ impl Expiry {
         if at == NEVER {
             return None;
         }
-        let index = self.class(distance);
+        self.next = self.next.min(at);
+        let Some(index) = self.class(distance) else {
+            let number = self.set_apart;
+            self.set_apart += 1;
+            self.apart.insert((at, number), id);
+            return Some(Ticket::Apart { at, number });
+        };
         let class = &mut self.classes[index];
         let number = class.first + class.queue.len() as u64;
         class.queue.push_back(Entry { at, id });
-        self.next = self.next.min(at);
-        Some(Ticket {
+        Some(Ticket::Queued {
             class: index as u8,
             number,
         })
     }
 
-    fn class(&mut self, distance: Time) -> usize {
+    /// The queue of a distance, if there is one or one is to be had.
+    fn class(&mut self, distance: Time) -> Option<usize> {
         if let Some(found) = self.classes.iter().position(|class| class.distance == distance) {
-            return found;
+            return Some(found);
         }
         if self.classes.len() < MAX_CLASSES {
             self.classes.push(Class {
@@ -80,24 +92,25 @@ impl Expiry {
                 first: 0,
                 cancelled: 0,
             });
-            return self.classes.len() - 1;
+            return Some(self.classes.len() - 1);
         }
-        if let Some(empty) = self.classes.iter().position(|class| class.queue.is_empty()) {
-            self.classes[empty].distance = distance;
-            return empty;
-        }
-        // Among the shorter ones, which come last, the longest is the least wrong.
-        let choice = |&index: &usize| match self.classes[index].distance {
-            longer if longer >= distance => (0, longer),
-            shorter => (1, NEVER - shorter),
-        };
-        (0..self.classes.len()).min_by_key(choice).unwrap_or_default()
+        let empty = self.classes.iter().position(|class| class.queue.is_empty())?;
+        self.classes[empty].distance = distance;
+        Some(empty)
     }
 
     /// Forgets a deadline. `moved` is told of every ticket that changes its number.
     pub(super) fn cancel(&mut self, ticket: Ticket, moved: impl FnMut(&RecordId, Ticket)) {
-        let class = &mut self.classes[usize::from(ticket.class)];
-        let place = ticket.number.checked_sub(class.first).map(|place| place as usize);
+        let (index, number) = match ticket {
+            Ticket::Queued { class, number } => (class, number),
+            Ticket::Apart { at, number } => {
+                let forgotten = self.apart.remove(&(at, number));
+                debug_assert!(forgotten.is_some(), "a ticket without a deadline");
+                return;
+            }
+        };
+        let class = &mut self.classes[usize::from(index)];
+        let place = number.checked_sub(class.first).map(|place| place as usize);
         let Some(entry) = place.and_then(|place| class.queue.get_mut(place)) else {
             debug_assert!(false, "a ticket without an entry");
             return;
@@ -108,27 +121,34 @@ impl Expiry {
         class.trim();
         // At most as many cancelled entries as live ones stay behind a long-lived first one.
         if class.cancelled > 32 && class.cancelled * 2 > class.queue.len() {
-            class.compact(ticket.class, moved);
+            class.compact(index, moved);
         }
     }
 
-    /// The next record whose deadline has come, from any queue. Its ticket is used up.
+    /// The next record whose deadline has come, wherever it is. Its ticket is used up.
     pub(super) fn pop(&mut self, now: Time) -> Option<RecordId> {
         if now < self.next {
             return None;
         }
-        let due = self.classes.iter_mut().find_map(|class| {
+        let queued = self.classes.iter_mut().find_map(|class| {
             let due = class.queue.front().is_some_and(|entry| entry.at <= now);
             let entry = if due { class.queue.pop_front() } else { None }?;
             class.first += 1;
             class.trim();
             Some(entry.id)
         });
+        let due = queued.or_else(|| self.pop_apart(now));
         if due.is_none() {
             let fronts = self.classes.iter().filter_map(|class| class.queue.front());
-            self.next = fronts.map(|entry| entry.at).min().unwrap_or(NEVER);
+            let apart = self.apart.keys().next().map(|(at, _)| *at);
+            self.next = fronts.map(|entry| entry.at).chain(apart).min().unwrap_or(NEVER);
         }
         due
+    }
+
+    fn pop_apart(&mut self, now: Time) -> Option<RecordId> {
+        let first = self.apart.first_entry()?;
+        (first.key().0 <= now).then(|| first.remove())
     }
 }
 
@@ -148,7 +168,7 @@ impl Class {
         self.cancelled = 0;
         for (place, entry) in self.queue.iter().enumerate() {
             let number = self.first + place as u64;
-            moved(&entry.id, Ticket { class, number });
+            moved(&entry.id, Ticket::Queued { class, number });
         }
     }
 }
@@ -168,6 +188,9 @@ mod tests {
         bytes[..8].copy_from_slice(&number.to_le_bytes());
         RecordId::from_bytes(bytes)
     }
+
+    /// Every record has room for one.
+    const _: () = assert!(size_of::<Option<Ticket>>() <= 24);
 
     #[test]
     fn deadlines_come_when_they_are_due_and_not_before() {
@@ -227,50 +250,88 @@ mod tests {
     }
 
     #[test]
-    fn where_there_is_no_queue_left_the_next_longer_one_is_shared() {
+    fn where_there_is_no_queue_left_a_deadline_waits_for_no_other() {
         let mut expiry = Expiry::default();
         for number in 1..=MAX_CLASSES as u64 {
             expiry.set(id(number), 0, 100 * number);
         }
-        let mut shared = |distance| {
-            let ticket = expiry.set(id(distance), 0, distance).unwrap();
-            expiry.classes[usize::from(ticket.class)].distance
-        };
-        assert_eq!((shared(50), shared(150), shared(3100)), (100, 200, 3100));
-        assert_eq!(shared(5000), 3200, "of those that are too short, the longest");
+        // Far longer than all of them, and before a shorter one.
+        let longest = expiry.set(id(100), 0, 1_000_000).unwrap();
+        assert!(matches!(longest, Ticket::Apart { .. }), "{longest:?}");
+        expiry.set(id(101), 0, 3200);
+        expiry.set(id(102), 0, 3201);
+        let mut popped = 0;
+        while expiry.pop(3201).is_some() {
+            popped += 1;
+        }
+        assert_eq!(popped, MAX_CLASSES + 2, "all but the longest");
+        assert_eq!((expiry.pop(999_999), expiry.pop(1_000_000)), (None, Some(id(100))));
     }
 
     #[test]
-    fn more_distances_than_queues_may_be_late_but_never_early() {
+    fn a_distance_gets_the_queue_of_another_as_soon_as_one_is_empty() {
         let mut expiry = Expiry::default();
-        for number in 0..1000 {
+        for number in 1..=MAX_CLASSES as u64 {
+            expiry.set(id(number), 0, 100 * number);
+        }
+        let apart = expiry.set(id(100), 0, 5000).unwrap();
+        assert_eq!(expiry.pop(100), Some(id(1)));
+        let queued = expiry.set(id(101), 100, 5000).unwrap();
+        assert!(matches!(queued, Ticket::Queued { class: 0, .. }), "{queued:?}");
+        expiry.cancel(apart, |_, _| ());
+        expiry.cancel(queued, |_, _| ());
+        assert!(expiry.apart.is_empty() && expiry.classes[0].queue.is_empty());
+    }
+
+    #[test]
+    fn more_distances_than_queues_are_neither_late_nor_early() {
+        let mut expiry = Expiry::default();
+        for number in (0..1000).rev() {
             expiry.set(id(number), 0, 1 + number);
         }
         assert_eq!(expiry.classes.len(), MAX_CLASSES);
-        for now in 0..1000 {
-            while let Some(popped) = expiry.pop(now) {
-                let number = u64::from_le_bytes(popped.as_bytes()[..8].try_into().unwrap());
-                assert!(number < now, "{number} came early");
-            }
+        for number in 0..1000 {
+            assert_eq!(expiry.pop(number), None);
+            assert_eq!(expiry.pop(number + 1), Some(id(number)));
         }
+        assert!(expiry.apart.is_empty());
+    }
+
+    #[test]
+    fn two_deadlines_of_one_record_at_one_time_are_two() {
+        let mut expiry = Expiry::default();
+        for number in 1..=MAX_CLASSES as u64 {
+            expiry.set(id(number), 0, 100 * number);
+        }
+        // As it is for a moment whenever a deadline is moved.
+        let old = expiry.set(id(100), 0, 50).unwrap();
+        expiry.set(id(100), 0, 50);
+        expiry.cancel(old, |_, _| ());
+        assert_eq!(expiry.pop(50), Some(id(100)));
+        assert_eq!(expiry.pop(50), None);
     }
 
     proptest! {
         /// Against a plain map as the model: what is set and not cancelled comes once, when it is due.
         #[test]
         fn every_deadline_comes_once_unless_it_was_cancelled(
-            steps in proptest::collection::vec((0u8..4, 0u64..40, 0usize..3), 1..400)
+            steps in proptest::collection::vec((0u8..4, 0u64..40, 0usize..80), 1..400),
+            // A few, or more than there are queues.
+            many in proptest::bool::ANY,
         ) {
-            let distances = [5, 50, 500];
+            let distance = |pick: usize| match many {
+                true => 5 + 50 * pick as Time,
+                false => [5, 50, 500][pick % 3],
+            };
             let mut expiry = Expiry::default();
             let mut model: HashMap<RecordId, (Time, Ticket)> = HashMap::new();
             let (mut now, mut next) = (1, 0);
-            for (step, pick, class) in steps {
+            for (step, pick, far) in steps {
                 match step {
                     0 | 1 => {
                         next += 1;
-                        let ticket = expiry.set(id(next), now, distances[class]).unwrap();
-                        model.insert(id(next), (now + distances[class], ticket));
+                        let ticket = expiry.set(id(next), now, distance(far)).unwrap();
+                        model.insert(id(next), (now + distance(far), ticket));
                     }
                     2 => {
                         let mut live: Vec<_> = model.keys().copied().collect();
