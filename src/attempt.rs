@@ -26,6 +26,7 @@ use crate::{
     key::IdempotencyKey,
     policy::{Policy, named_by_connection},
     record::{Lease, Retention},
+    sync::Instant,
 };
 
 /// What the service answered.
@@ -48,24 +49,33 @@ pub(crate) type Reply<R, E> = thread::Result<Result<Response<ResponseBody<R>>, E
 
 impl<S> Exchange<S> {
     /// Runs the service under a lease and tells the store how it ended before anybody else hears of it.
-    pub(crate) fn run_under<B, R>(self: Box<Self>, lease: Lease) -> impl Future<Output = Step<S, R, S::Error>>
+    /// `asked` is when the store was asked for the lease; `None` if it granted it at once.
+    pub(crate) fn run_under<B, R>(
+        self: Box<Self>,
+        lease: Lease,
+        asked: Option<Instant>,
+    ) -> impl Future<Output = Step<S, R, S::Error>>
     where
         S: Service<Request<B>, Response = Response<R>>,
         B: RequestBody,
         R: Body,
     {
-        let guard = Guard::new(Arc::clone(&self.shared), lease, self.claim.repeated);
+        let guard = Guard::new(Arc::clone(&self.shared), lease, self.claim.repeated, asked);
         self.run_guarded(guard)
     }
 
     /// As above, after the operation's other keys were claimed: all of them, or it does not run.
-    pub(crate) async fn claim_others_and_run<B, R>(self: Box<Self>, lease: Lease) -> Step<S, R, S::Error>
+    pub(crate) async fn claim_others_and_run<B, R>(
+        self: Box<Self>,
+        lease: Lease,
+        asked: Option<Instant>,
+    ) -> Step<S, R, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>>,
         B: RequestBody,
         R: Body,
     {
-        let mut guard = Guard::new(Arc::clone(&self.shared), lease, self.claim.repeated);
+        let mut guard = Guard::new(Arc::clone(&self.shared), lease, self.claim.repeated, asked);
         let claimed = {
             let claims = pin!(claim_others(&guard, &self.claim, &self.identity.others));
             guard.hold(claims).await

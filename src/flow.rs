@@ -27,6 +27,7 @@ use crate::{
     record::{Begin, Claim, Lease, Owner, RecordId},
     rejection::{Rejection, RejectionKind},
     shared::Shared,
+    sync::Instant,
     wait::{Prepared, Wait},
 };
 
@@ -135,8 +136,8 @@ where
         _ => Arc::clone(&exchange.shared),
     };
     let work: Work<S, R, S::Error> = match next {
-        Some(Next::Run(lease)) if exchange.identity.others.is_empty() => Box::pin(exchange.run_under(lease)),
-        Some(Next::Run(lease)) => Box::pin(exchange.claim_others_and_run(lease)),
+        Some(Next::Run(lease)) if exchange.identity.others.is_empty() => Box::pin(exchange.run_under(lease, None)),
+        Some(Next::Run(lease)) => Box::pin(exchange.claim_others_and_run(lease, None)),
         _ => Box::pin(run(exchange)),
     };
     Start::Work(shared, work)
@@ -164,13 +165,15 @@ where
                 claim,
                 ..
             } = &mut *exchange;
+            // A lease may be counted from here on, however late the store tells of it.
+            let asked = Some(Instant::now());
             let begin = begin(shared, &identity.id, claim).await;
             match exchange.next(begin) {
                 Next::Reply(response) => return Step::Done(Ok(response)),
                 Next::Run(lease) if exchange.identity.others.is_empty() => {
-                    return Box::pin(exchange.run_under(lease)).await;
+                    return Box::pin(exchange.run_under(lease, asked)).await;
                 }
-                Next::Run(lease) => return Box::pin(exchange.claim_others_and_run(lease)).await,
+                Next::Run(lease) => return Box::pin(exchange.claim_others_and_run(lease, asked)).await,
                 Next::RunUnprotected => return Step::Done(Box::pin(exchange.run_unprotected()).await),
                 Next::BeginAgain => {}
                 Next::Wait => return Step::Wait(exchange),

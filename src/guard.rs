@@ -40,8 +40,9 @@ pub(crate) struct Guard {
     repeated: bool,
     /// Of the keys that the operation claims beside its own, with the same.
     others: Mutex<Vec<(Lease, bool)>>,
-    /// When the store was last asked to renew the operation's own, and how long after that it is to be asked again. Until
-    /// then, when anything had to wait first: before that no time has passed, and most attempts never look at a clock.
+    /// When the store was last asked for the lease of the operation's own, and how long after that it is to be asked again.
+    /// From a store that granted it at once, it was when anything had to wait first: before that no time has passed, and
+    /// most attempts never look at a clock.
     asked: Mutex<Option<(Instant, Duration)>>,
     settled: bool,
 }
@@ -51,13 +52,15 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 impl Guard {
-    pub(crate) fn new(shared: Arc<Shared>, lease: Lease, repeated: bool) -> Self {
+    /// `asked` is when the store was asked for the lease; `None` if it granted it at once.
+    pub(crate) fn new(shared: Arc<Shared>, lease: Lease, repeated: bool, asked: Option<Instant>) -> Self {
+        let asked = asked.map(|at| (at, shared.policy.lease / 3));
         Self {
             shared,
             lease,
             repeated,
             others: Mutex::default(),
-            asked: Mutex::default(),
+            asked: Mutex::new(asked),
             settled: false,
         }
     }
@@ -131,14 +134,16 @@ impl Guard {
                 // It is the operation's own record that keeps others from running it. So it comes first, and again
                 // whenever it is due: many calls may take longer than a lease.
                 if self.due_in().is_zero() {
+                    // The lease may be counted from now on, and the answer may be late.
+                    let now = Instant::now();
                     match self.renew(&self.lease).await {
-                        Ok(()) => self.ask_again_in(length / 3),
+                        Ok(()) => self.ask_again(now, length / 3),
                         Err(error) if error.kind() == StoreErrorKind::Fenced => {
                             let Lease { id, fence, .. } = self.lease;
                             tracing::warn!(record = %id, fence, "the lease was lost while the handler ran");
                             return;
                         }
-                        Err(_) => self.ask_again_in(soon),
+                        Err(_) => self.ask_again(Instant::now(), soon),
                     }
                 }
                 let Some(other) = other else { continue };
@@ -159,8 +164,8 @@ impl Guard {
         pause.saturating_sub(at.elapsed())
     }
 
-    fn ask_again_in(&self, pause: Duration) {
-        *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), pause));
+    fn ask_again(&self, at: Instant, pause: Duration) {
+        *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some((at, pause));
     }
 
     async fn renew(&self, lease: &Lease) -> Result<(), StoreError> {

@@ -127,6 +127,55 @@ async fn an_attempt_whose_claims_took_longer_than_its_lease_runs_only_if_it_was_
     assert_eq!((retry.is_replay(), retry.body), (true, second.body));
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_lease_is_renewed_a_third_of_it_after_its_claim_was_asked_for_however_late_that_was_answered() {
+    let (lease, third) = (Duration::from_secs(30), Duration::from_secs(10));
+    for answered_after in [1, 9, 11, 29].map(Duration::from_secs) {
+        let store = FaultyStore::default();
+        let layer = IdempotencyLayer::new(store.clone())
+            .lease(lease)
+            .store_timeout(2 * lease);
+        let control = gated();
+        let app = pay(&control, layer);
+        store.fail(Op::Begin, [Fault::SlowAnswer(answered_after)]);
+        let asked = Instant::now();
+        let _first = spawn(&app, keyed("k", "a"));
+        control.entered().await;
+        while store.calls(Op::Renew) == 0 {
+            sleep(Duration::from_millis(100)).await;
+        }
+        let due = third.max(answered_after);
+        assert!(
+            (due..due + Duration::from_millis(300)).contains(&asked.elapsed()),
+            "renewed after {:?}, answered after {answered_after:?}",
+            asked.elapsed()
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_answers_late_whatever_it_is_asked_keeps_a_running_attempt_from_being_taken_over() {
+    let store = FaultyStore::default();
+    let layer = IdempotencyLayer::new(store.clone())
+        .guarantee(Guarantee::AtLeastOnce)
+        .lease(Duration::from_secs(4));
+    let control = gated();
+    let app = pay(&control, layer);
+    let late = Fault::SlowAnswer(Duration::from_millis(2900));
+    store.fail(Op::Begin, [late]);
+    store.fail(Op::Renew, [late; 20]);
+    let first = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    for _ in 0..200 {
+        let duplicate = spawn(&app, keyed("k", "a"));
+        sleep(Duration::from_millis(100)).await;
+        assert_eq!(control.runs(), 1, "both run");
+        assert_eq!(duplicate.await.unwrap().problem(), "request-in-progress");
+    }
+    control.let_go();
+    assert_eq!(first.await.unwrap().body, "run 1 attempt 1: a");
+}
+
 // ---- the time of the first attempt
 
 const FIRST_SENT: HeaderName = HeaderName::from_static("repeatability-first-sent");

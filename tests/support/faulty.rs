@@ -36,6 +36,8 @@ pub enum Fault {
     AppliedBlackHole,
     /// It is applied and answered after this time.
     Slow(Duration),
+    /// It is applied at once and answered after this time.
+    SlowAnswer(Duration),
     /// It panics.
     Panic,
 }
@@ -93,6 +95,11 @@ impl FaultyStore {
             Some(Fault::Slow(time)) => {
                 tokio::time::sleep(time).await;
                 apply.await
+            }
+            Some(Fault::SlowAnswer(time)) => {
+                let result = apply.await;
+                tokio::time::sleep(time).await;
+                result
             }
             Some(Fault::Panic) => panic!("the store panics"),
         }
