@@ -26,6 +26,11 @@ impl IdempotencyLayer {
     /// IdempotencyLayer::new(MemoryStore::new())
     ///     .scope(|parts| parts.extensions.get::<Account>().map(|account| Scope::tenant(&account.id)));
     /// ```
+    ///
+    /// The names of a route's parameters count for nothing, so a deploy may rename them. One that moves the layer from
+    /// around a `Router` into it turns the path into a route, which is another scope: **a retry across that deploy runs
+    /// again**, unless an [operation](Self::operation) is named before and after it. Host and scheme count for nothing;
+    /// with tenants by host name and a credential that they share, take the host into the [`Scope`], too.
     #[must_use]
     pub fn scope<R>(self, scope: impl Fn(&request::Parts) -> R + Send + Sync + 'static) -> Self
     where

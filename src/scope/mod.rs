@@ -2,6 +2,7 @@
 
 mod authorization;
 mod id;
+mod route;
 
 use std::{
     fmt,
@@ -140,6 +141,10 @@ const MEMBER: u8 = 10;
 const NO_MEMBER: u8 = 11;
 const ALSO: u8 = 12;
 const DERIVED: u8 = 13;
+#[cfg(feature = "axum")]
+const AFTER_SEGMENT: u8 = 14;
+#[cfg(feature = "axum")]
+const AFTER_SEGMENTS: u8 = 15;
 
 impl ScopeRules {
     /// Adds to `scope` everything of a record's id but the key.
@@ -169,7 +174,7 @@ impl ScopeRules {
         }
         match (operation, &self.operation) {
             (Operation::Route, Some(name)) => id.field(NAMED, name.as_bytes()),
-            (Operation::Route, None) => id.field(ROUTE, route(parts).as_bytes()),
+            (Operation::Route, None) => route::hash_into(id, parts),
             (Operation::Named(name), _) => id.field(NAMED, name.as_bytes()),
             (Operation::Any, _) => id.field(ANY, b""),
         }
@@ -290,19 +295,6 @@ impl ScopeHash {
         self.0.field(DERIVED, fingerprint.digest());
         self.0.finish()
     }
-}
-
-#[cfg(feature = "axum")]
-fn route(parts: &Parts) -> &str {
-    match parts.extensions.get::<axum::extract::MatchedPath>() {
-        Some(matched) => matched.as_str(),
-        None => sent_uri(&parts.extensions, &parts.uri).path(),
-    }
-}
-
-#[cfg(not(feature = "axum"))]
-fn route(parts: &Parts) -> &str {
-    sent_uri(&parts.extensions, &parts.uri).path()
 }
 
 /// What the client asked for. A nested router strips its prefix, with the ids in it, before the request comes here.

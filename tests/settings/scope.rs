@@ -1,6 +1,6 @@
 //! Whom a key belongs to.
 
-use axum::Router;
+use axum::{Router, routing::post};
 use http::{HeaderValue, StatusCode};
 use tower_idempotency::{Fingerprinter, IdempotencyLayer, Scope};
 
@@ -295,6 +295,25 @@ async fn routes_with_one_operation_share_their_keys() {
         assert_eq!(answer.is_replay(), is_replay, "{path}");
     }
     assert_eq!(control.runs(), 4);
+}
+
+/// Of two nodes in a rolling deploy, and of one before and after any.
+#[tokio::test]
+async fn a_retry_is_a_replay_although_a_deploy_renamed_a_parameter_of_its_route() {
+    let (_, layer) = layer();
+    let control = open();
+    let node = |route: &str| {
+        let control = control.clone();
+        let refund = async move || format!("refund {}", control.pass().await);
+        Router::new().route(route, post(refund)).layer(layer.clone())
+    };
+    let refund = || request("POST", "/orders/7/refunds", &[("idempotency-key", "k")], "a");
+    let first = call(&node("/orders/{id}/refunds"), refund()).await;
+    let retry = call(&node("/orders/{order_id}/refunds"), refund()).await;
+    assert!(retry.is_replay());
+    assert_eq!((retry.body, control.runs()), (first.body, 1));
+    let another = call(&node("/orders/{id}/{what}"), refund()).await;
+    assert!(!another.is_replay(), "it is another route");
 }
 
 #[test]
