@@ -7,7 +7,7 @@ use http::request::Parts;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    json::{self, JsonBody, Pointer},
+    json::{self, Json, JsonBody, Met, Pointer},
     record::RecordId,
     rejection::Rejection,
     scope::sent_uri,
@@ -125,9 +125,9 @@ impl Fingerprinter {
     /// (RFC 6901; `*` stands for every element of an array). Nothing else in the body makes a request different.
     /// Algorithm 3.
     ///
-    /// A member that is not there is a value of its own. Bodies are refused as under
-    /// [`canonical_json`](Self::canonical_json). The pointers are part of the fingerprint: when they change, a retry of
-    /// what was begun before is refused.
+    /// A member that is not there is a value of its own; so is, where a `*` stands, what is not there, `null`, no array,
+    /// and an array of another length. Bodies are refused as under [`canonical_json`](Self::canonical_json). The
+    /// pointers are part of the fingerprint: when they change, a retry of what was begun before is refused.
     ///
     /// ```
     /// # use tower_idempotency::Fingerprinter;
@@ -253,16 +253,27 @@ fn canonical_json(parts: &Parts, body: &JsonBody<'_>) -> Result<[u8; 32], Reject
 fn json_members(parts: &Parts, body: &JsonBody<'_>, pointers: &[Pointer]) -> Result<[u8; 32], Rejection> {
     let mut hash = hash_of_target(parts);
     for pointer in pointers {
-        let found = match body.is_empty() {
-            true => vec![None],
-            false => pointer.find(body.json()?),
+        let met = match body.is_empty() {
+            true => vec![Met::End(None)],
+            false => pointer.meet(body.json()?),
         };
         field(&mut hash, pointer.as_str().as_bytes());
-        hash.update((found.len() as u64).to_le_bytes());
-        for value in found {
-            hash.update([u8::from(value.is_some())]);
-            if let Some(value) = value {
-                json::hash_into(value, &mut hash)?;
+        hash.update((met.len() as u64).to_le_bytes());
+        for met in met {
+            // Which element of which array a value belongs to is told by the lengths of all arrays on the way.
+            match met {
+                Met::End(None) => hash.update([0]),
+                Met::End(Some(value)) => {
+                    hash.update([1]);
+                    json::hash_into(value, &mut hash)?;
+                }
+                Met::Star(None) => hash.update([2]),
+                Met::Star(Some(Json::Null)) => hash.update([3]),
+                Met::Star(Some(Json::Array(elements))) => {
+                    hash.update([4]);
+                    hash.update((elements.len() as u64).to_le_bytes());
+                }
+                Met::Star(Some(_)) => hash.update([5]),
             }
         }
     }

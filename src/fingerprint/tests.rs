@@ -137,6 +137,38 @@ fn only_the_chosen_members_count_and_absence_is_a_value() {
 }
 
 #[test]
+fn no_two_bodies_with_other_chosen_members_or_in_other_arrays_are_the_same() {
+    let amounts = Fingerprinter::json_members(["/orders/*/lines/*/amount"]);
+    let bodies = [
+        "",
+        "{}",
+        r#"{"orders":null}"#,
+        r#"{"orders":"x"}"#,
+        r#"{"orders":[]}"#,
+        r#"{"orders":[5]}"#,
+        r#"{"orders":[{"lines":null}]}"#,
+        r#"{"orders":[{"lines":"x"}]}"#,
+        r#"{"orders":[{"lines":[]}]}"#,
+        r#"{"orders":[{"lines":[]},{"lines":[]}]}"#,
+        r#"{"orders":[{"lines":[{}]}]}"#,
+        r#"{"orders":[{"lines":[{"amount":null}]}]}"#,
+        r#"{"orders":[{"lines":[{"amount":5}]}]}"#,
+        r#"{"orders":[{"lines":[{"amount":5},{"amount":6}]},{"lines":[{"amount":7}]}]}"#,
+        r#"{"orders":[{"lines":[{"amount":5}]},{"lines":[{"amount":6},{"amount":7}]}]}"#,
+        r#"{"orders":[{"lines":[{"amount":5},{"amount":6},{"amount":7}]}]}"#,
+        r#"{"orders":[{"lines":[{"amount":5},{"amount":6},{"amount":7}]},{"lines":[]}]}"#,
+    ];
+    for (at, one) in bodies.iter().enumerate() {
+        for other in bodies.iter().skip(at + 1) {
+            assert_ne!(json(&amounts, one), json(&amounts, other), "{one} and {other}");
+        }
+    }
+    let one = r#"{"orders":[{"lines":[{"amount":5}]}]}"#;
+    let other = r#"{"note":1,"orders":[{"lines":[{"amount":5.0,"no":1}],"no":2}]}"#;
+    assert_eq!(json(&amounts, one), json(&amounts, other), "nothing else counts");
+}
+
+#[test]
 fn a_record_that_was_compared_as_json_still_is_after_the_setting_changed() {
     let parts = parts("POST", "/a");
     let old = json(&Fingerprinter::canonical_json(), r#"{"a":1}"#);

@@ -23,7 +23,7 @@ use serde::{
 
 pub(crate) use self::{
     canonical::{digest, hash_into},
-    pointer::Pointer,
+    pointer::{Met, Pointer},
 };
 use crate::rejection::{Rejection, RejectionKind};
 

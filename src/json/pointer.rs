@@ -55,25 +55,43 @@ impl Pointer {
     /// that is not there, or is null, has no elements.
     pub(crate) fn find<'j, 'a>(&self, json: &'j Json<'a>) -> Vec<Option<&'j Json<'a>>> {
         let mut found = Vec::new();
-        walk(&self.steps, Some(json), &mut found);
+        walk(&self.steps, Some(json), &mut |met| match met {
+            Met::End(at) => found.push(at),
+            Met::Star(None | Some(Json::Null | Json::Array(_))) => {}
+            Met::Star(Some(_)) => found.push(None),
+        });
         found
+    }
+
+    /// As [`find`](Self::find), with whatever stands where a `*` does, before what it leads to: no two documents in
+    /// which the pointer leads to something else, or in other arrays, give the same.
+    pub(crate) fn meet<'j, 'a>(&self, json: &'j Json<'a>) -> Vec<Met<'j, 'a>> {
+        let mut all = Vec::new();
+        walk(&self.steps, Some(json), &mut |met| all.push(met));
+        all
     }
 }
 
-fn walk<'j, 'a>(steps: &[Step], at: Option<&'j Json<'a>>, found: &mut Vec<Option<&'j Json<'a>>>) {
-    let Some((step, rest)) = steps.split_first() else {
-        found.push(at);
-        return;
-    };
-    match (step, at) {
-        (Step::Each, Some(Json::Array(elements))) => {
-            for element in elements {
-                walk(rest, Some(element), found);
+/// What is met along a pointer; `None` is a member that is not there.
+pub(crate) enum Met<'j, 'a> {
+    /// Where the pointer ends.
+    End(Option<&'j Json<'a>>),
+    /// Where a `*` stands. What it leads to follows for each element, if it is an array.
+    Star(Option<&'j Json<'a>>),
+}
+
+fn walk<'j, 'a>(steps: &[Step], at: Option<&'j Json<'a>>, meet: &mut impl FnMut(Met<'j, 'a>)) {
+    match steps.split_first() {
+        None => meet(Met::End(at)),
+        Some((Step::Named(name), rest)) => walk(rest, at.and_then(|at| named(at, name)), meet),
+        Some((Step::Each, rest)) => {
+            meet(Met::Star(at));
+            if let Some(Json::Array(elements)) = at {
+                for element in elements {
+                    walk(rest, Some(element), meet);
+                }
             }
         }
-        (Step::Each, None | Some(Json::Null)) => {}
-        (Step::Each, Some(_)) => found.push(None),
-        (Step::Named(name), at) => walk(rest, at.and_then(|at| named(at, name)), found),
     }
 }
 
