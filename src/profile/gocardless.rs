@@ -16,7 +16,8 @@ impl Profile {
     /// Source: GoCardless' API reference, "Idempotency keys". What it leaves open, and how it is closed here:
     /// - *The key's length*: 255 characters. *Another body under the same key*: refused, 422. *A request that is still
     ///   running*: 409, without a link.
-    /// - *A failed create*: its key is free. **A handler must not fail after an effect.**
+    /// - *A failed create*: its key is free. **A handler must not fail after an effect.** A failure that is kept
+    ///   nonetheless ([`Keep::Answer`](crate::Keep::Answer)) created nothing, and is answered as it was.
     /// - *Where the id is*: in the first answer, which is an object of one resource (`{"payments":{"id":"PM1"}}`), or
     ///   has the `id` itself. An answer without one is a conflict with the link `null`.
     pub fn gocardless() -> Self {
@@ -31,7 +32,10 @@ impl Profile {
                 .optional_key()
                 .retention(Duration::from_secs(30 * 24 * 60 * 60))
                 .store_statuses(Statuses::success())
-                .replay_as(|first, _| conflict(&first))
+                .replay_as(|first, _| match first.status().is_success() {
+                    true => conflict(&first),
+                    false => first,
+                })
                 .rejection_format(RejectionFormat::json(ERRORS))
         })
     }

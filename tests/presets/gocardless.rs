@@ -3,7 +3,7 @@
 use axum::response::IntoResponse;
 use http::StatusCode;
 use serde_json::{Value, json};
-use tower_idempotency::{IdempotencyLayer, MemoryStore, Profile};
+use tower_idempotency::{IdempotencyLayer, Keep, MemoryStore, Profile, Statuses};
 
 use crate::{
     bench::{Bench, by_header, hours, post},
@@ -63,6 +63,23 @@ async fn a_duplicate_is_a_conflict_with_a_link_to_the_resource() {
         assert_eq!(conflict.json(), expected);
     }
     assert_eq!(bench.control.runs(), 1);
+}
+
+#[tokio::test]
+async fn a_kept_failure_created_no_resource_and_is_answered_as_it_was() {
+    let by_the_handler = gocardless();
+    by_the_handler.says(402, Some(Keep::Answer));
+    let keeps_all = |layer: IdempotencyLayer| layer.store_statuses(Statuses::default());
+    let by_the_layer = Bench::with(open(), Profile::gocardless(), keeps_all, by_header);
+    by_the_layer.says(422, None);
+    for bench in [by_the_handler, by_the_layer] {
+        let first = bench.pay("k", "1").await;
+        assert!(first.status.is_client_error());
+        let again = bench.pay("k", "1").await;
+        assert_eq!((again.status, &again.body), (first.status, &first.body));
+        assert!(again.is_replay());
+        assert_eq!(bench.control.runs(), 1);
+    }
 }
 
 #[tokio::test]
