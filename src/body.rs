@@ -316,6 +316,15 @@ impl<B: Body> ResponseBody<B> {
             inner: Inner::Resumed { body },
         }
     }
+
+    /// The trailers of a body that is known to have nothing else.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn trailers_alone(&self) -> Option<&HeaderMap> {
+        match &self.inner {
+            Inner::Buffered { body } if body.data.is_empty() => body.trailers(),
+            _ => None,
+        }
+    }
 }
 
 impl<B: Body> Body for ResponseBody<B> {

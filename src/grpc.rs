@@ -1,4 +1,5 @@
-//! gRPC's own statuses: every answer has HTTP status 200, and a call without a message ends in its headers.
+//! gRPC's own statuses: every answer has HTTP status 200. A call that fails before its answer has begun ends in its
+//! headers, any other in its trailers, also where no message came before them.
 
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 
@@ -13,9 +14,19 @@ pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
     content_type.is_some_and(|content_type| content_type.starts_with(b"application/grpc"))
 }
 
-/// The HTTP status that a call which failed without a message would have had, by the table of `google.rpc.Code`.
+/// The HTTP status that a call which ended in these headers would have had, by the table of `google.rpc.Code`.
 pub(crate) fn http_status(headers: &HeaderMap) -> Option<StatusCode> {
-    let code = headers.get(GRPC_STATUS)?.to_str().ok()?.parse::<u8>().ok()?;
+    status_of_end(headers, headers)
+}
+
+/// As above, of a call that ended in the trailers of an answer with these headers.
+#[cfg(feature = "postgres")]
+pub(crate) fn http_status_in_trailers(headers: &HeaderMap, trailers: &HeaderMap) -> Option<StatusCode> {
+    status_of_end(headers, trailers)
+}
+
+fn status_of_end(headers: &HeaderMap, end: &HeaderMap) -> Option<StatusCode> {
+    let code = end.get(GRPC_STATUS)?.to_str().ok()?.parse::<u8>().ok()?;
     if !is_grpc(headers) {
         return None;
     }
@@ -147,5 +158,16 @@ mod tests {
         assert_eq!(http_status(&headers), Some(StatusCode::SERVICE_UNAVAILABLE));
         headers.remove(GRPC_STATUS);
         assert_eq!(http_status(&headers), None);
+    }
+
+    #[cfg(feature = "postgres")]
+    #[test]
+    fn a_status_in_trailers_is_a_grpc_status_if_the_headers_are_those_of_grpc() {
+        let trailers = HeaderMap::from_iter([(GRPC_STATUS, HeaderValue::from_static("14"))]);
+        let mut headers = HeaderMap::new();
+        assert_eq!(http_status_in_trailers(&headers, &trailers), None);
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        let unavailable = Some(StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(http_status_in_trailers(&headers, &trailers), unavailable);
     }
 }

@@ -39,8 +39,10 @@ impl IdempotencyLayer {
     /// answers 500 charges twice under `|status| status.is_success()`. The same holds for the defaults: answer 408,
     /// 425, 429 or 503 only before any effect, and do not pass on a 503 of a service that you have already called.
     ///
-    /// A gRPC call that fails without a message counts as the HTTP status of its code, so `UNAUTHENTICATED`,
-    /// `PERMISSION_DENIED`, `RESOURCE_EXHAUSTED` and `UNAVAILABLE` free the key.
+    /// A gRPC call that fails in the headers of its answer, as a unary handler's error does, counts as the HTTP status
+    /// of its code, so `UNAUTHENTICATED`, `PERMISSION_DENIED`, `RESOURCE_EXHAUSTED` and `UNAVAILABLE` free the key. One
+    /// that fails in trailers, as a stream of messages does, its first one included, counts as 200 and is kept: an
+    /// answer that could not be encoded after an effect looks the same.
     ///
     /// A timeout layer *below* this one cuts the handler and answers for it, with 408 by default, which frees
     /// the key although the handler may have had its effect. Put it above this layer, where the handler runs on, or
@@ -61,8 +63,8 @@ impl IdempotencyLayer {
     /// Under [`Guarantee::Transactional`](crate::Guarantee::Transactional): the statuses with which what the handler
     /// wrote is committed. With another one that is kept, its writes are rolled back and its answer alone is committed,
     /// so that a declined transfer is declined once and leaves nothing behind. What is not kept is rolled back as a
-    /// whole. A gRPC call that fails without a message counts as the HTTP status of its code. Default: all but 4xx and
-    /// 5xx.
+    /// whole. A gRPC call that fails without a message counts as the HTTP status of its code, in headers or in trailers;
+    /// one that fails after a message counts as 200. Default: all but 4xx and 5xx.
     #[must_use]
     pub fn commit_statuses(self, committed: Statuses) -> Self {
         self.set(|policy| policy.commit_statuses = committed.clone())

@@ -136,12 +136,17 @@ fn refused<R: Body, E>(shared: &Shared, rejection: Rejection, head: &request::Pa
     Ok(Ok(shared.refuse(rejection, head, Some(id))))
 }
 
-/// Of the answer; a gRPC call that failed without a message has that of its code.
+/// Of the answer; a gRPC call that ended without a message has that of its code, be it in its headers or, as streams of
+/// messages have it, in its trailers. Whether it is kept is judged by the headers alone: a handler that succeeded, and
+/// whose answer could then not be encoded, ends in trailers, too. Here both are calls that failed.
 fn status<R: Body, E>(reply: &Reply<R, E>) -> Option<StatusCode> {
     match reply {
         Ok(Ok(response)) => {
             let response: &Response<ResponseBody<R>> = response;
-            Some(grpc::http_status(response.headers()).unwrap_or(response.status()))
+            let headers = response.headers();
+            let in_trailers = || grpc::http_status_in_trailers(headers, response.body().trailers_alone()?);
+            let of_the_call = grpc::http_status(headers).or_else(in_trailers);
+            Some(of_the_call.unwrap_or(response.status()))
         }
         _ => None,
     }

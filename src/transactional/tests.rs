@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Extensions, Request, Response, StatusCode};
+use http::{Extensions, HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use tokio::time::Instant;
 use tower::ServiceExt;
@@ -18,6 +18,7 @@ use tower::ServiceExt;
 use super::{Answer, Boxed, Ended, Found, Opened, Transaction, Transactions, Whose};
 use crate::{
     Counters, Keep,
+    body::BufferedBody,
     codec::StoredResponse,
     error::{StoreError, StoreErrorKind},
     policy::Guarantee,
@@ -163,6 +164,8 @@ impl DynStore for Store {
 #[derive(Clone, Copy)]
 enum Does {
     Answers(u16),
+    /// A gRPC call, with this message, that ends in trailers with this code.
+    Ends(&'static str, u16),
     Nothing,
     Panics,
 }
@@ -199,9 +202,15 @@ async fn happens(story: Story, does: Does, store_timeout: Duration) -> Happened 
     let handler = tower::service_fn(move |_: Request<Full<Bytes>>| {
         log.note("run");
         async move {
-            let mut response = Response::new(Full::new(Bytes::from_static(b"paid")));
+            let mut response = Response::new(BufferedBody::new(Bytes::from_static(b"paid"), None));
             match does {
                 Does::Answers(status) => *response.status_mut() = StatusCode::from_u16(status).unwrap(),
+                Does::Ends(message, code) => {
+                    let trailers = HeaderMap::from_iter([("grpc-status".parse().unwrap(), HeaderValue::from(code))]);
+                    *response.body_mut() = BufferedBody::new(Bytes::from_static(message.as_bytes()), Some(trailers));
+                    let grpc = HeaderValue::from_static("application/grpc");
+                    response.headers_mut().insert(header::CONTENT_TYPE, grpc);
+                }
                 Does::Nothing => drop(response.extensions_mut().insert(Keep::Nothing)),
                 Does::Panics => panic!("the handler's own words"),
             }
@@ -260,6 +269,27 @@ async fn what_was_written_is_committed_with_an_answer_whose_status_says_so_and_e
         assert_eq!(done.status(), status);
         assert_eq!(done.log, ["begin", "run", commits]);
         assert_eq!((done.counters.executed, done.counters.released), (1, 0));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_grpc_call_wrote_that_failed_without_a_message_is_not_committed_although_it_failed_in_trailers() {
+    for (message, code, commits) in [
+        ("", 14, "commit the answer alone"),
+        ("", 13, "commit the answer alone"),
+        ("", 0, "commit"),
+        ("a message", 0, "commit"),
+        ("a message", 14, "commit"),
+    ] {
+        let done = happens(Story::default(), Does::Ends(message, code), SECOND).await;
+        assert_eq!((done.status(), done.says(message)), (200, true));
+        assert_eq!(done.log, ["begin", "run", commits], "{message:?}, {code}");
+        let kept = (done.counters.executed, done.counters.released);
+        assert_eq!(
+            kept,
+            (1, 0),
+            "its key is not free: it may be an answer that could not be encoded"
+        );
     }
 }
 
