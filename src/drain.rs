@@ -104,7 +104,8 @@ pub struct Drain {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Unfinished {
-    /// How many requests were still running.
+    /// How many requests were still running, with a client or without; and how many tasks that only tell the store how
+    /// one has ended.
     pub running: usize,
 }
 
@@ -113,7 +114,7 @@ impl Drain {
         Self { tasks }
     }
 
-    /// How many requests are running without a client.
+    /// How many requests are running without a client. Tasks count, too, that only tell the store how a request has ended.
     pub fn running(&self) -> usize {
         self.tasks.len()
     }

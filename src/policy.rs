@@ -59,7 +59,9 @@ pub enum WithoutKey {
     /// Its fingerprint takes the place of a key: an equal request of the same scope within the retention is a duplicate
     /// and gets the first one's answer. **Two equal operations that are both meant cannot be told apart then.**
     ///
-    /// Under [`Fingerprinter::none`], which makes all requests equal, [`Fingerprinter::whole_request`] is taken.
+    /// Under [`Fingerprinter::none`], which makes all requests equal, [`Fingerprinter::whole_request`] is taken. With
+    /// another [`fingerprint`](crate::IdempotencyLayer::fingerprint) the same request has another key: what was begun
+    /// before a deploy that changes it is not found by its retry, which **runs again**.
     DeriveAndReplay,
     /// As [`DeriveAndReplay`](Self::DeriveAndReplay), but a duplicate is told that it is one
     /// ([`DuplicateRequest`](crate::RejectionKind::DuplicateRequest), 409) in place of the first one's answer.

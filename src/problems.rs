@@ -16,7 +16,8 @@
 //! one. Nothing ran. Correct the credentials.
 //!
 //! ## request-body-too-large
-//! **413.** The body is over the limit for requests with a key. Nothing ran.
+//! **413.** The body is over the limit for requests that have a key, or whose key may be in the body or is made of it.
+//! Nothing ran.
 //!
 //! ## request-body-incomplete
 //! **400.** The body broke off. Nothing ran. Send the request again.

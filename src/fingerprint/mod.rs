@@ -98,7 +98,8 @@ impl Fingerprinter {
     /// For large bodies: more than twice as fast at 1 MiB, slower at 1 KiB. Records that were begun under SHA-256 are
     /// still compared by it, and the other way round on servers that have this feature; one without it refuses what
     /// this one began as [`RecordFromNewerVersion`](crate::RejectionKind::RecordFromNewerVersion). So turn the feature
-    /// on everywhere before it is used anywhere.
+    /// on everywhere before it is used anywhere. Requests whose keys are
+    /// [derived](crate::WithoutKey::DeriveAndReplay) have another key under it, and run again.
     #[cfg(feature = "blake3")]
     #[cfg_attr(docsrs, doc(cfg(feature = "blake3")))]
     pub fn blake3() -> Self {
@@ -127,7 +128,8 @@ impl Fingerprinter {
     ///
     /// A member that is not there is a value of its own; so is, where a `*` stands, what is not there, `null`, no array,
     /// and an array of another length. Bodies are refused as under [`canonical_json`](Self::canonical_json). The
-    /// pointers are part of the fingerprint: when they change, a retry of what was begun before is refused.
+    /// pointers are part of the fingerprint: when they change, a retry of what was begun before is refused, and one whose
+    /// key is [derived](crate::WithoutKey::DeriveAndReplay) runs again.
     ///
     /// ```
     /// # use tower_idempotency::Fingerprinter;

@@ -71,14 +71,22 @@ impl IdempotencyLayer {
     }
 
     /// The most bytes of an answer's body that are kept. A larger one streams through; its duplicates are told that the
-    /// operation is done but its answer was not kept (409), and never run. Default: 1 MiB.
+    /// operation is done but its answer was not kept (409), and never run. Headers and trailers do not count. Default:
+    /// 1 MiB.
+    ///
+    /// An answer is read to this limit or to its end before the client gets any of it, and there is **no limit of time**:
+    /// one that stalls or trickles, such as that of another service which hangs, keeps its operation in progress, and
+    /// its lease renewed, for as long as it lasts. So it does after the client left, and a [`Drain`](crate::Drain)
+    /// waits for it. Put tower-http's `ResponseBodyTimeoutLayer` below this layer, which cuts a body that stalls, or its
+    /// `ResponseBodyDeadlineLayer`, which cuts one that trickles, too. The outcome of what is cut is unknown.
     #[must_use]
     pub fn max_response_body(self, bytes: usize) -> Self {
         self.set(|policy| policy.max_response_body = bytes)
     }
 
     /// Which answers are streams by nature: they are passed on at once and not kept. Default: upgrades,
-    /// `text/event-stream` and `multipart/x-mixed-replace`.
+    /// `text/event-stream` and `multipart/x-mixed-replace`. Not lines of JSON (NDJSON) nor the streams of gRPC: name those
+    /// that go on, since others are [read whole](Self::max_response_body) before anybody gets a byte.
     #[must_use]
     pub fn stream_when(self, is_stream: impl Fn(&response::Parts) -> bool + Send + Sync + 'static) -> Self {
         let is_stream: Arc<IsStream> = Arc::new(is_stream);
@@ -95,7 +103,8 @@ impl IdempotencyLayer {
         self.set(|policy| policy.dropped_headers.push(name.clone()))
     }
 
-    /// Stores a field of answers that is [dropped](Self::drop_header) by default: every duplicate gets it.
+    /// Stores a field of answers that is [dropped](Self::drop_header) by default: every duplicate gets it. Not
+    /// `Proxy-Authenticate`, nor any other field of the connection: those are never stored.
     #[must_use]
     pub fn keep_header(self, name: &HeaderName) -> Self {
         self.set(|policy| policy.dropped_headers.retain(|dropped| dropped != name))

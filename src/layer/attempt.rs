@@ -65,7 +65,8 @@ impl IdempotencyLayer {
     }
 
     /// The most bytes of a request body; larger ones are refused (413), by their `Content-Length` before a byte is
-    /// read. Only requests with a key are buffered and limited. Default: 1 MiB.
+    /// read. Those are buffered and limited that have a key or may turn out to have one: where it may be in the body, or
+    /// is [derived](crate::WithoutKey::DeriveAndReplay), every request of the protected methods. Default: 1 MiB.
     ///
     /// axum's extractors have a limit of their own, 2 MB (`DefaultBodyLimit`).
     #[must_use]

@@ -90,8 +90,8 @@ impl IdempotencyLayer {
 
     /// One more part of the scope: a member of the JSON body, by its JSON pointer (RFC 6901), such as a merchant's
     /// number. Its value counts, of whatever type; a request that lacks it, or has `null` there, is apart from all that
-    /// have it. The body of a request with a key has to be JSON or empty then, and is refused as
-    /// [`BodyUnreadable`](crate::RejectionKind::BodyUnreadable) otherwise. Default: none.
+    /// have it. The body of a request with a key, sent or [derived](crate::WithoutKey::DeriveAndReplay), has to be JSON or
+    /// empty then, and is refused as [`BodyUnreadable`](crate::RejectionKind::BodyUnreadable) otherwise. Default: none.
     ///
     /// # Panics
     /// If `pointer` is not a JSON pointer to a single member.
@@ -114,6 +114,9 @@ impl IdempotencyLayer {
 
     /// What makes two requests with one key the same; a request that is not is refused as
     /// [`KeyReused`](crate::RejectionKind::KeyReused). Default: [`Fingerprinter::whole_request`].
+    ///
+    /// Where keys are [derived](crate::WithoutKey::DeriveAndReplay) this is what they are made of. **A deploy that changes
+    /// it then lets a retry without a key run again.**
     #[must_use]
     pub fn fingerprint(self, fingerprinter: Fingerprinter) -> Self {
         self.set(|policy| policy.fingerprinter = fingerprinter.clone())

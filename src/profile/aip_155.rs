@@ -17,7 +17,8 @@ impl Profile {
     /// - *How long*: 24 hours, the crate's default. *A request that is still running*: 409 `ABORTED`.
     /// - *Another body under the same id*: 400 `INVALID_ARGUMENT`.
     /// - *A failed request*: its id is free. **A handler must not fail after an effect.**
-    /// - *A body that is not JSON*: refused, since it could not be seen whether it has an id.
+    /// - *A body that is not JSON*, or is over the [limit](crate::IdempotencyLayer::max_request_body): refused, since it
+    ///   could not be seen whether it has an id.
     pub fn aip_155() -> Self {
         const ERRORS: &str = r#"{"error":{"code":{status},"message":{detail},"status":{code}}}"#;
         Self::new("AIP-155", |layer| {

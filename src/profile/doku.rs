@@ -8,8 +8,8 @@ use super::Profile;
 use crate::{key::KeySource, statuses::Statuses};
 
 impl Profile {
-    /// DOKU: every GET, POST, PUT, PATCH and DELETE has an `X-REQUEST-ID` or a `Request-Id`; the same one with the same
-    /// body is answered with the stored body and status 409. All answers are kept, for 24 hours.
+    /// DOKU: every GET, HEAD, OPTIONS, POST, PUT, PATCH and DELETE has an `X-REQUEST-ID` or a `Request-Id`; the same one
+    /// with the same body is answered with the stored body and status 409. All answers are kept, for 24 hours.
     ///
     /// Source: DOKU's guide "Handling Idempotency". What it leaves open, and how it is closed here:
     /// - *Whose request ids they are*: each client's, by the headers `Client-Id` and `Authorization` (neither of which

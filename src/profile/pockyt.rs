@@ -20,7 +20,8 @@ impl Profile {
     ///
     /// Source: Pockyt's guide "Idempotency Key". What it leaves open, and how it is closed here:
     /// - *Whose keys they are*: each merchant's, by the body's `/merchantNo`, together with the `Authorization` header
-    ///   if there is one, for each endpoint.
+    ///   if there is one, for each endpoint. So the body of every POST and PATCH, with a key or without, has to be JSON or
+    ///   empty, without an object that names a member twice, and is refused otherwise (400 `request-body-unreadable`).
     /// - *Another body under the same key*: refused, 422. *A request that is still running*: 409.
     /// - *Which transactions completed*: those that were answered with success. A failed one may run again, and so may
     ///   one whose outcome nobody knows ([`Guarantee::AtLeastOnce`]): **handlers have to be safe to repeat**.
