@@ -64,7 +64,8 @@ impl<S> Exchange<S> {
         self.run_guarded(guard)
     }
 
-    /// As above, after the operation's other keys were claimed: all of them, or it does not run.
+    /// As above, after the operation's other keys were claimed, if there are any: all of them, or it does not run. Nor does
+    /// it if its own was granted so late that it is another attempt's by now.
     pub(crate) async fn claim_others_and_run<B, R>(
         self: Box<Self>,
         lease: Lease,
@@ -77,7 +78,8 @@ impl<S> Exchange<S> {
     {
         let mut guard = Guard::new(Arc::clone(&self.shared), lease, self.claim.repeated, asked);
         let claimed = {
-            let claims = pin!(claim_others(&guard, &self.claim, &self.identity.others));
+            let asked = asked.unwrap_or_else(Instant::now);
+            let claims = pin!(claim_others(&guard, &self.claim, &self.identity.others, asked));
             guard.hold(claims).await
         };
         match claimed {

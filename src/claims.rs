@@ -14,13 +14,18 @@ use crate::{
     sync::Instant,
 };
 
-/// Claims `others` under a guard that holds the operation's own record. What was claimed is with the guard, also when
-/// the rest is refused.
-pub(crate) async fn claim_others(guard: &Guard, claim: &Claim, others: &[RecordId]) -> Result<(), Rejection> {
+/// Claims `others` under a guard that holds the operation's own record, which the store was `asked` for then. What was
+/// claimed is with the guard, also when the rest is refused.
+pub(crate) async fn claim_others(
+    guard: &Guard,
+    claim: &Claim,
+    others: &[RecordId],
+    asked: Instant,
+) -> Result<(), Rejection> {
     let operation = guard.lease().id;
     let beside = Fingerprint::beside(&operation);
     let claim = Claim::new(beside, claim.owner, claim.lease, claim.retention);
-    let (start, mut confirmed) = (Instant::now(), true);
+    let mut confirmed = true;
     for id in others {
         match claim_one(guard, id, claim.clone()).await {
             Ok(One::Claimed) => {}
@@ -31,8 +36,8 @@ pub(crate) async fn claim_others(guard: &Guard, claim: &Claim, others: &[RecordI
             }
         }
     }
-    // So many claims, or so slow ones, that the operation's own record may have been lost meanwhile.
-    if !confirmed || start.elapsed() > claim.lease / 2 {
+    // So many claims, or so slow ones, its own among them, that the operation's own record may have been lost meanwhile.
+    if !confirmed || asked.elapsed() > claim.lease / 2 {
         confirm(guard, &claim).await?;
     }
     Ok(())

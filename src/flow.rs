@@ -166,14 +166,15 @@ where
                 ..
             } = &mut *exchange;
             // A lease may be counted from here on, however late the store tells of it.
-            let asked = Some(Instant::now());
+            let asked = Instant::now();
             let begin = begin(shared, &identity.id, claim).await;
+            let is_late = asked.elapsed() > claim.lease / 2;
             match exchange.next(begin) {
                 Next::Reply(response) => return Step::Done(Ok(response)),
-                Next::Run(lease) if exchange.identity.others.is_empty() => {
-                    return Box::pin(exchange.run_under(lease, asked)).await;
+                Next::Run(lease) if exchange.identity.others.is_empty() && !is_late => {
+                    return Box::pin(exchange.run_under(lease, Some(asked))).await;
                 }
-                Next::Run(lease) => return Box::pin(exchange.claim_others_and_run(lease, asked)).await,
+                Next::Run(lease) => return Box::pin(exchange.claim_others_and_run(lease, Some(asked))).await,
                 Next::RunUnprotected => return Step::Done(Box::pin(exchange.run_unprotected()).await),
                 Next::BeginAgain => {}
                 Next::Wait => return Step::Wait(exchange),

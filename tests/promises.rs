@@ -176,6 +176,27 @@ async fn a_store_that_answers_late_whatever_it_is_asked_keeps_a_running_attempt_
     assert_eq!(first.await.unwrap().body, "run 1 attempt 1: a");
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_attempt_whose_lease_was_over_and_another_ones_when_it_heard_of_it_does_not_run() {
+    let store = FaultyStore::default();
+    let lease = Duration::from_secs(4);
+    let layer = IdempotencyLayer::new(store.clone())
+        .guarantee(Guarantee::AtLeastOnce)
+        .lease(lease)
+        .store_timeout(3 * lease);
+    let control = gated();
+    let app = pay(&control, layer);
+    store.fail(Op::Begin, [Fault::SlowAnswer(2 * lease)]);
+    let first = spawn(&app, keyed("k", "a"));
+    sleep(lease + lease / 2).await;
+    let second = spawn(&app, keyed("k", "a"));
+    control.entered().await;
+    assert_eq!(first.await.unwrap().problem(), "request-in-progress");
+    assert_eq!(control.runs(), 1);
+    control.let_go();
+    assert_eq!(second.await.unwrap().body, "run 1 attempt 2: a");
+}
+
 // ---- the time of the first attempt
 
 const FIRST_SENT: HeaderName = HeaderName::from_static("repeatability-first-sent");

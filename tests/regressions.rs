@@ -1,4 +1,4 @@
-//! Sentences of the contract that a review looked for and did not find tested.
+//! Sentences of the contract that no other file tests.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
