@@ -7,10 +7,13 @@ mod support;
 use std::{error::Error, time::Duration};
 
 use support::{
-    postgres::Postgres,
-    steps::{MINUTE, acquire, claim, complete, id, is_replay},
+    postgres::{Postgres, table_in_parts},
+    steps::{MINUTE, acquire, claim, complete, id, is_replay, kept},
 };
 use tower_idempotency::{Begin, PostgresStore, PostgresTable, Store, StoreError, StoreErrorKind};
+
+/// The lock under which tables are created.
+const CREATION: i64 = 0x1de3_9073_0c7a_b1e5;
 
 fn reason(result: Result<(), StoreError>) -> String {
     let error = result.unwrap_err();
@@ -20,13 +23,28 @@ fn reason(result: Result<(), StoreError>) -> String {
 
 #[tokio::test]
 async fn nodes_that_start_together_create_the_table_once() {
-    let server = Postgres::start(&[]);
+    create_together(&Postgres::start(&[])).await;
+    create_together(&Postgres::start(&["default_transaction_isolation=serializable"])).await;
+}
+
+async fn create_together(server: &Postgres) {
     let table = PostgresTable::new("payments", "keys");
+    // Who waits for its turn has seen by then that there was none.
+    let mut first = server.client().await;
+    let first = first.transaction().await.unwrap();
+    let lock = format!("SELECT pg_advisory_xact_lock({CREATION})");
+    first.batch_execute(&lock).await.unwrap();
     let creating = (0..8).map(|_| {
         let (pool, table) = (server.pool(1), table.clone());
         tokio::spawn(async move { table.create(&pool).await })
     });
-    for created in creating.collect::<Vec<_>>() {
+    let creating: Vec<_> = creating.collect();
+    let waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+    while server.ask::<i64>(waiting).await < 8 {
+        assert!(!creating.iter().any(tokio::task::JoinHandle::is_finished));
+    }
+    first.rollback().await.unwrap();
+    for created in creating {
         created.await.unwrap().unwrap();
     }
     server
@@ -109,6 +127,78 @@ async fn a_newer_table_and_one_of_another_kind_are_refused_in_words() {
         .say("COMMENT ON TABLE idempotency_records IS 'tower-idempotency records, version 0'")
         .await;
     assert!(reason(table.create(&pool).await).contains("migrate it"));
+}
+
+#[tokio::test]
+async fn a_table_in_which_a_key_may_be_there_twice_is_refused_in_words() {
+    let server = Postgres::start(&[]);
+    PostgresTable::default().create(&server.pool(1)).await.unwrap();
+    let connect = async || PostgresStore::connect(&server.url()).await.map(drop);
+    connect().await.unwrap();
+    for (made, by) in [
+        ("", "no index"),
+        (
+            "CREATE INDEX own ON idempotency_records (id)",
+            "an index that is not unique",
+        ),
+        (
+            "CREATE UNIQUE INDEX own ON idempotency_records (id, owner)",
+            "one over more than the id",
+        ),
+        (
+            "CREATE UNIQUE INDEX own ON idempotency_records (id) WHERE state = 'c'",
+            "one over some records",
+        ),
+        (
+            "CREATE UNIQUE INDEX own ON idempotency_records (fence)",
+            "one over another column",
+        ),
+    ] {
+        let change = "ALTER TABLE idempotency_records DROP CONSTRAINT IF EXISTS idempotency_records_pkey; \
+                      DROP INDEX IF EXISTS own";
+        server.say(&format!("{change}; {made}")).await;
+        assert!(reason(connect().await).contains("has no valid unique index"), "{by}");
+    }
+    server
+        .say("DROP INDEX own; CREATE UNIQUE INDEX ON idempotency_records (id)")
+        .await;
+    connect().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_table_that_a_crash_empties_is_refused_where_a_forgetful_server_is() {
+    let server = Postgres::start(&["fsync=on"]);
+    PostgresTable::default().create(&server.pool(1)).await.unwrap();
+    let connect = async || {
+        let builder = PostgresStore::builder().refuse_forgetful_server(true);
+        builder.connect(&server.url()).await.map(drop)
+    };
+    connect().await.unwrap();
+    server.say("ALTER TABLE idempotency_records SET UNLOGGED").await;
+    assert!(reason(connect().await).contains("is not logged"));
+    PostgresStore::connect(&server.url()).await.unwrap();
+}
+
+#[tokio::test]
+async fn in_a_table_of_several_parts_a_purge_removes_what_has_expired_and_nothing_else() {
+    let server = Postgres::start(&[]);
+    server.say(&table_in_parts()).await;
+    let store = PostgresStore::builder().purge_every(None).timeout(MINUTE);
+    let store = store.connect(&server.url()).await.unwrap();
+    for number in 0..100 {
+        let lease = acquire(&store, number).await;
+        let kept_for = if number % 2 == 0 {
+            Duration::from_micros(1)
+        } else {
+            MINUTE
+        };
+        store.complete(&lease, &kept(10), kept_for.into()).await.unwrap();
+    }
+    assert_eq!(store.purge().await.unwrap(), 50);
+    for number in (0..100).filter(|number| number % 2 == 1) {
+        let found = store.begin(&id(number), &claim()).await.unwrap();
+        assert!(is_replay(&found, 10), "{number}");
+    }
 }
 
 #[tokio::test]

@@ -17,7 +17,7 @@ use support::{
 use support::{
     app::{gated, open, spawn},
     bank::{ACCOUNTS, BALANCE, BOTH, Bank, order},
-    postgres::Postgres,
+    postgres::{Postgres, table_in_parts},
     serve::assert_replay,
 };
 #[cfg(all(feature = "cached", feature = "encrypted"))]
@@ -263,6 +263,30 @@ async fn a_handler_that_rolls_back_by_itself_is_told_and_the_next_request_runs()
             );
             assert_eq!(bank.control.runs(), 2);
         }
+    }
+}
+
+/// Each part may have a row at the same place.
+#[tokio::test]
+async fn in_a_table_of_several_parts_an_answer_is_kept_with_its_own_record_and_no_other() {
+    for library in BOTH {
+        let bank = Bank::of(library).await;
+        bank.say(&format!("DROP TABLE idempotency_records; {}", table_in_parts()))
+            .await;
+        let key = |number: i32| format!("k{number}");
+        let mut answers = Vec::new();
+        for number in 0..20 {
+            // Some leave a version of a row behind, so that there are records at all places.
+            bank.ask(order(&key(100 + number), 5, "503")).await;
+            answers.push(bank.ask(order(&key(number), 5, "")).await.body);
+        }
+        let sums = "SELECT count(DISTINCT checksum) FROM idempotency_records";
+        assert_eq!(bank.look::<i64>(sums).await, 20, "{library:?}");
+        for (number, first) in (0..).zip(answers) {
+            let again = bank.ask(order(&key(number), 5, "")).await;
+            assert_eq!((again.is_replay(), again.body), (true, first), "{library:?} {number}");
+        }
+        assert_eq!(bank.books().await, (20, MONEY));
     }
 }
 

@@ -269,6 +269,22 @@ impl Drop for Bouncer {
     }
 }
 
+/// The table's own SQL, for a table in four parts.
+pub fn table_in_parts() -> String {
+    let whole = " WITH (fillfactor = 70, vacuum_truncate = off);";
+    let sql = tower_idempotency::PostgresTable::default().sql();
+    assert!(sql.contains(whole));
+    let parts = (0..4).map(|part| {
+        format!(
+            "CREATE TABLE part{part} PARTITION OF idempotency_records FOR VALUES WITH (MODULUS 4, REMAINDER {part});"
+        )
+    });
+    sql.replace(
+        whole,
+        &format!(" PARTITION BY HASH (id); {}", parts.collect::<String>()),
+    )
+}
+
 /// Of the server, or of what stands before it.
 pub fn url(port: u16) -> String {
     format!("postgres://postgres@127.0.0.1:{port}/postgres")

@@ -42,13 +42,7 @@ pub(super) async fn check(
         fsync: row.get("fsync"),
         full_page_writes: row.get("full_page_writes"),
     };
-    let dangers = facts.dangers();
-    for danger in &dangers {
-        tracing::warn!("{danger}");
-    }
-    if let (Some(danger), true) = (dangers.first(), refuse_forgetful) {
-        return Err(refused(danger));
-    }
+    beware(&facts.dangers(), refuse_forgetful)?;
     let rows = connections.query(&table.version_query(), &[], deadline).await?;
     let row = rows.first().ok_or(StoreErrorKind::Unavailable)?;
     if !row.get::<_, bool>("exists") {
@@ -60,10 +54,30 @@ pub(super) async fn check(
             "the role needs SELECT, INSERT, UPDATE and DELETE on the table {table}"
         )));
     }
+    // As while a dump is restored, which makes the keys last: each duplicate would be granted its claim.
+    if !row.get::<_, bool>("is_unique") {
+        return Err(refused(&format!(
+            "the column id of the table {table} has no valid unique index: was its primary key restored?"
+        )));
+    }
+    if !row.get::<_, bool>("is_logged") {
+        let danger = format!("a crash of the PostgreSQL server empties the table {table}, which is not logged");
+        beware(&[danger], refuse_forgetful)?;
+    }
     // Its columns are those that are asked for.
     let nobody: &[u8] = &[];
     let values = [(&nobody as _, Type::BYTEA)];
     connections.query(look, &values, deadline).await.map(drop)
+}
+
+fn beware(dangers: &[String], refuse: bool) -> Result<(), StoreError> {
+    for danger in dangers {
+        tracing::warn!("{danger}");
+    }
+    match dangers.first() {
+        Some(danger) if refuse => Err(refused(danger)),
+        _ => Ok(()),
+    }
 }
 
 fn is_too_old(version: i32) -> bool {

@@ -92,10 +92,11 @@ impl Statements {
         let (renewed_until, renewed_expiry) = (after("$3::bigint"), after("(retention + $3::bigint)"));
         let abandoned_expiry = after("retention");
         let own = "id = $1::bytea AND owner = $2::bytea AND expires_at > clock_timestamp()";
+        // The condition twice: in a table of several parts each of them has a row at the same place.
         let due = |condition: &str| {
             format!(
                 "ctid = ANY (ARRAY(SELECT ctid FROM {table} WHERE purge_at <= (SELECT clock_timestamp()) \
-                 AND {condition} ORDER BY purge_at LIMIT $1::bigint FOR UPDATE SKIP LOCKED))"
+                 AND {condition} ORDER BY purge_at LIMIT $1::bigint FOR UPDATE SKIP LOCKED)) AND {condition}"
             )
         };
         Self {

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use deadpool_postgres::Pool;
+use tokio_postgres::IsolationLevel;
 
 use super::{failure, statements::FOREVER};
 use crate::error::{StoreError, StoreErrorKind};
@@ -19,6 +20,8 @@ const CREATION: i64 = 0x1de3_9073_0c7a_b1e5;
 
 /// The table that holds the records of a [`PostgresStore`](super::PostgresStore). Any name will do, in any schema; each
 /// is quoted. The default is `idempotency_records` in the schema `public`.
+///
+/// It has no triggers, rules or row security that would change or hide what the store writes, and its `id` is unique.
 ///
 /// Create it once, by [`create`](Self::create), or by your own migrations with what [`sql`](Self::sql) says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,7 +63,11 @@ impl PostgresTable {
     pub async fn create(&self, pool: &Pool) -> Result<(), StoreError> {
         let mut client = pool.get().await.map_err(failure::of_pool)?;
         // Dropped before its commit, the transaction is rolled back.
-        let transaction = client.transaction().await.map_err(failure::classify)?;
+        // What is seen behind the lock is newer than it, whatever the connections have.
+        let begin = client
+            .build_transaction()
+            .isolation_level(IsolationLevel::ReadCommitted);
+        let transaction = begin.start().await.map_err(failure::classify)?;
         let lock = format!("SELECT pg_advisory_xact_lock({CREATION})");
         transaction.batch_execute(&lock).await.map_err(failure::classify)?;
         let found = transaction.query_typed_one(&self.version_query(), &[]).await;
@@ -124,7 +131,7 @@ COMMENT ON TABLE {table} IS '{COMMENT}{VERSION}';
         format!("{}.{}", quoted(&self.schema), quoted(&self.name))
     }
 
-    /// Asks for `exists`, `comment` and `usable`, and for `schema_exists`.
+    /// Asks for `exists`, `comment` and `usable`, for `is_unique` and `is_logged`, and for `schema_exists`.
     pub(super) fn version_query(&self) -> String {
         format!(
             "SELECT to_regclass({table}) IS NOT NULL AS exists, \
@@ -133,6 +140,10 @@ COMMENT ON TABLE {table} IS '{COMMENT}{VERSION}';
              AND has_table_privilege(to_regclass({table})::oid, 'INSERT') \
              AND has_table_privilege(to_regclass({table})::oid, 'UPDATE') \
              AND has_table_privilege(to_regclass({table})::oid, 'DELETE'), false) AS usable, \
+             EXISTS (SELECT FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0] \
+             WHERE indrelid = to_regclass({table}) AND attname = 'id' AND indnkeyatts = 1 AND indpred IS NULL \
+             AND indisunique AND indisvalid AND indimmediate) AS is_unique, \
+             (SELECT relpersistence FROM pg_class WHERE oid = to_regclass({table})) = 'p' AS is_logged, \
              to_regnamespace({schema}) IS NOT NULL AS schema_exists",
             table = literal(&self.quoted()),
             schema = literal(&quoted(&self.schema)),

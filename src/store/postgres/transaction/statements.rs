@@ -174,7 +174,7 @@ impl TransactionStatements {
             )),
             complete: Statement::of(format!(
                 "UPDATE {table} SET {completed}, checksum = $4::integer \
-                 WHERE ctid = $6::text::tid AND 1 / (EXISTS \
+                 WHERE ctid = $6::text::tid AND id = $1::bytea AND 1 / (EXISTS \
                  (SELECT FROM {table} WHERE ctid = $6::text::tid AND id = $1::bytea AND {ours}))::integer = 1"
             )),
             complete_others: Statement::of(format!(
