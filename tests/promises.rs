@@ -191,6 +191,8 @@ async fn an_attempt_whose_lease_was_over_and_another_ones_when_it_heard_of_it_do
     sleep(lease + lease / 2).await;
     let second = spawn(&app, keyed("k", "a"));
     control.entered().await;
+    sleep(lease).await;
+    assert!(first.is_finished(), "both run");
     assert_eq!(first.await.unwrap().problem(), "request-in-progress");
     assert_eq!(control.runs(), 1);
     control.let_go();
