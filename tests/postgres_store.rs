@@ -412,6 +412,31 @@ async fn a_purge_leaves_alone_what_somebody_works_on_and_does_not_wait_for_it() 
 }
 
 #[tokio::test]
+async fn records_that_take_longer_to_remove_than_a_step_may_last_are_removed_in_smaller_batches() {
+    let server = Postgres::start(&[]);
+    let store = builder().timeout(Duration::from_millis(500));
+    let store = store.connect(&server.url()).await.unwrap();
+    server
+        .say(
+            "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS \
+             'BEGIN PERFORM pg_sleep(0.002); RETURN OLD; END'; \
+             CREATE TRIGGER slowly BEFORE DELETE ON idempotency_records FOR EACH ROW EXECUTE FUNCTION slowly(); \
+             INSERT INTO idempotency_records SELECT 1, now(), now(), now(), 0, 0, 0, 'c', sha256(int4send(i)), '', '', '' \
+             FROM generate_series(1, 1000) i",
+        )
+        .await;
+    assert_eq!(store.purge().await.unwrap_err().kind(), StoreErrorKind::Unavailable);
+    let removing = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'DELETE%'";
+    for _ in 0..30 {
+        // What a try that was given up has locked is skipped.
+        while server.ask::<i64>(removing).await > 0 {}
+        let _ = store.purge().await;
+    }
+    let count = "SELECT count(*) FROM idempotency_records";
+    assert_eq!(server.ask::<i64>(count).await, 0);
+}
+
+#[tokio::test]
 async fn records_that_expired_are_removed_in_the_background_until_the_store_is_gone() {
     let server = Postgres::start(&[]);
     let store = builder().purge_every(Some(Duration::from_millis(5)));

@@ -6,13 +6,14 @@ mod support;
 
 use std::{sync::Arc, time::Duration};
 
+use axum::{Router, routing::post};
 use http::StatusCode;
 use sqlx::{
     Executor, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use support::{
-    app::{call, open},
+    app::{call, keyed, open},
     bank::{self, ACCOUNTS, BALANCE, BOTH, Bank, Library, PATIENCE, order},
     commit_proxy::{CommitProxy, Cut},
     postgres::{self, Postgres},
@@ -20,9 +21,32 @@ use support::{
     serve::assert_replay,
 };
 use tokio::time::timeout;
-use tower_idempotency::{Guarantee, IdempotencyLayer, PostgresStore};
+use tower_idempotency::{Guarantee, IdempotencyLayer, PostgresStore, PostgresTransaction};
 
 const MONEY: i64 = ACCOUNTS * BALANCE;
+
+/// So that one whose client is gone without a word, with its machine, is not in the way for hours.
+#[tokio::test]
+async fn a_session_in_a_transaction_asks_its_client_every_few_seconds_whether_it_is_there() {
+    async fn settings(transaction: PostgresTransaction) -> String {
+        let sql = "SELECT concat_ws(' ', current_setting('tcp_keepalives_idle'), current_setting('tcp_keepalives_interval'), \
+                   current_setting('tcp_keepalives_count'), current_setting('tcp_user_timeout'))";
+        transaction.query_one(sql, &[]).await.unwrap().get(0)
+    }
+    for (server, expected) in [
+        (Postgres::start(&[]), "10 5 3 25000"),
+        (
+            Postgres::start(&["tcp_keepalives_idle=70", "tcp_user_timeout=9000"]),
+            "70 5 3 9000",
+        ),
+    ] {
+        let builder = PostgresStore::builder().create_table(true).purge_every(None);
+        let store = builder.timeout(PATIENCE).connect(&server.url()).await.unwrap();
+        let layer = IdempotencyLayer::new(store).guarantee(Guarantee::Transactional);
+        let app = Router::new().route("/pay", post(settings)).layer(layer);
+        assert_eq!(call(&app, keyed("k", "a")).await.body, expected);
+    }
+}
 
 /// The only connection of a node, and of whoever else uses its pool.
 enum Only {

@@ -91,7 +91,8 @@ impl PostgresStoreBuilder {
     }
 
     /// Remove what has expired, in batches of 1,000, about this often and more often while there is more. `None` leaves
-    /// it to you, by [`PostgresStore::purge`]. Default: every 10 seconds.
+    /// it to you, by [`PostgresStore::purge`]. It is done by a task of the runtime in which the store is connected, and ends
+    /// with that runtime. Default: every 10 seconds.
     ///
     /// # Panics
     /// If it is zero.
@@ -132,7 +133,7 @@ impl PostgresStoreBuilder {
         // A look at the socket; whether the server answers is found by the step that needs it.
         let recycling_method = RecyclingMethod::Fast;
         let manager = Manager::from_config(config, NoTls, ManagerConfig { recycling_method });
-        let notice = notices_its_client_is_gone(self.timeout);
+        let notice = notices_its_client_is_gone(self.timeout).join(";");
         let pool = Pool::builder(manager)
             .max_size(self.max_connections)
             .post_create(Hook::async_fn(move |client, _| {
@@ -174,6 +175,7 @@ impl PostgresStoreBuilder {
             table: self.table,
             statements,
             connections,
+            batch: purge::Batch::default(),
         });
         if let Some(every) = self.purge_every {
             tokio::spawn(purge::repeat(Arc::downgrade(&inner), every));
@@ -186,13 +188,20 @@ impl PostgresStoreBuilder {
 /// unless it looks for that now and then: each try of a request would leave one behind. Not a limit to the waiting
 /// itself, which handlers on these connections would have, too; and not a cancellation, which may make a commit visible
 /// before the standby has it.
-fn notices_its_client_is_gone(every: Duration) -> String {
+///
+/// And a session whose client has vanished without a word, with its machine or the network, keeps its transaction and its
+/// locks for as long as the system takes to notice, which is two hours by default. What somebody has set is left as it is.
+fn notices_its_client_is_gone(every: Duration) -> [String; 2] {
     let millis = every.as_millis().clamp(1, i32::MAX as u128);
-    format!(
+    let look = format!(
         "SELECT set_config('client_connection_check_interval', '{millis}ms', false) \
          WHERE current_setting('server_version_num')::int >= 140000 \
          AND current_setting('client_connection_check_interval', true) = '0'"
-    )
+    );
+    let keepalives = "SELECT set_config(name, value, false) FROM pg_settings JOIN (VALUES ('tcp_keepalives_idle', '10'), \
+                      ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3'), ('tcp_user_timeout', '25000')) \
+                      AS wanted (name, value) USING (name) WHERE source = 'default'";
+    [look, keepalives.to_owned()]
 }
 
 #[cfg(test)]
@@ -225,7 +234,7 @@ mod tests {
             (Duration::from_millis(1500), 1500),
             (Duration::MAX, i32::MAX),
         ] {
-            let said = notices_its_client_is_gone(every);
+            let [said, _] = notices_its_client_is_gone(every);
             let set = format!("SELECT set_config('client_connection_check_interval', '{millis}ms', false) ");
             assert!(said.starts_with(&set), "{said}");
             assert!(said.contains(">= 140000") && said.ends_with("= '0'"), "{said}");

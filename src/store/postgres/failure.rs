@@ -40,8 +40,8 @@ pub(crate) fn kind_of(code: &str) -> StoreErrorKind {
         // A plan for a table that was altered meanwhile; a prepared statement of another connection, behind a pooler
         // that does not know of it. A connection of the store's is given up, and the next one knows better.
         "0A000" | "26000" | "42P05" => StoreErrorKind::Unavailable,
-        // A lock was not to be had in the time that somebody set.
-        "55P03" => StoreErrorKind::Unavailable,
+        // A lock was not to be had, or a transaction was not over, in the time that somebody set.
+        "55P03" | "25P03" | "25P04" => StoreErrorKind::Unavailable,
         "XX001" | "XX002" => StoreErrorKind::Corrupt,
         _ => match code.get(..2) {
             // Connections; rolled back for the sake of others (40001, 40P01); out of connections (53300) or another
@@ -133,6 +133,8 @@ mod tests {
             ("57P01", Unavailable),
             ("58030", Unavailable),
             ("25006", Unavailable),
+            ("25P03", Unavailable),
+            ("25P04", Unavailable),
             ("0A000", Unavailable),
             ("26000", Unavailable),
             ("42P05", Unavailable),

@@ -67,6 +67,7 @@ struct Inner {
     statements: Statements,
     hints: Arc<Hints>,
     waiters: Arc<Waiters>,
+    batch: purge::Batch,
 }
 
 impl PostgresStore {
@@ -83,13 +84,13 @@ impl PostgresStore {
         PostgresStoreBuilder::default()
     }
 
-    /// Removes records that have expired, at most 1,000, and says how many. Done by itself unless
+    /// Removes records that have expired, at most 1,000, fewer after a try that failed, and says how many. Done by itself unless
     /// [`purge_every`](PostgresStoreBuilder::purge_every) is `None`. Records that others work on are left for later.
     ///
     /// # Errors
     /// `Unavailable` or `Other`.
     pub async fn purge(&self) -> Result<u64, StoreError> {
-        self.inner.purge().await
+        Ok(self.inner.purge().await?.removed)
     }
 }
 

@@ -1,6 +1,12 @@
 //! Removing what has expired, a batch at a time.
 
-use std::{sync::Weak, time::Duration};
+use std::{
+    sync::{
+        Weak,
+        atomic::{AtomicI64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use tokio::time::{Instant, sleep};
 use tokio_postgres::types::Type;
@@ -8,20 +14,70 @@ use tokio_postgres::types::Type;
 use super::Inner;
 use crate::{error::StoreError, random};
 
-/// Records in one transaction: short enough to be in nobody's way.
+/// Records in one transaction at most: short enough to be in nobody's way.
 const BATCH: i64 = 1000;
 
+/// How many records a batch has now. Answers of a megabyte take so long to remove that a whole batch of them would never
+/// be done within the time of a step: after one that failed the next is half as large, and it grows again with each that
+/// is full and does not fail.
+pub(super) struct Batch(AtomicI64);
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self(AtomicI64::new(BATCH))
+    }
+}
+
+impl Batch {
+    fn size(&self) -> i64 {
+        self.0.load(Relaxed)
+    }
+
+    /// Others may have done one meanwhile; then the size is one of those that are next to be tried.
+    fn failed(&self, size: i64) {
+        self.0.store((size / 2).max(1), Relaxed);
+    }
+
+    fn was_full(&self, size: i64) {
+        self.0.store((size * 2).min(BATCH), Relaxed);
+    }
+}
+
+pub(super) struct Purged {
+    pub(super) removed: u64,
+    is_all: bool,
+}
+
 impl Inner {
-    /// Removes at most one batch; how many records that were.
-    pub(super) async fn purge(&self) -> Result<u64, StoreError> {
-        let most = [(&BATCH as _, Type::INT8)];
+    /// Removes at most one batch.
+    pub(super) async fn purge(&self) -> Result<Purged, StoreError> {
+        let size = self.batch.size();
+        let purged = self.purge_one(size).await;
+        match &purged {
+            Err(_) => self.batch.failed(size),
+            Ok(purged) if !purged.is_all => self.batch.was_full(size),
+            Ok(_) => {}
+        }
+        purged
+    }
+
+    async fn purge_one(&self, size: i64) -> Result<Purged, StoreError> {
+        let most = [(&size as _, Type::INT8)];
         // Those that were renewed or are kept for longer than was claimed, which would be in the way each time.
         let deadline = self.connections.deadline();
-        self.connections
+        let put_off = self
+            .connections
             .execute(&self.statements.put_off, &most, deadline)
             .await?;
         let deadline = self.connections.deadline();
-        self.connections.execute(&self.statements.purge, &most, deadline).await
+        let removed = self
+            .connections
+            .execute(&self.statements.purge, &most, deadline)
+            .await?;
+        Ok(Purged {
+            removed,
+            is_all: removed.max(put_off) < size.unsigned_abs(),
+        })
     }
 }
 
@@ -33,15 +89,15 @@ pub(super) async fn repeat(store: Weak<Inner>, every: Duration) {
         loop {
             let Some(store) = store.upgrade() else { return };
             let start = Instant::now();
-            let removed = store.purge().await;
+            let purged = store.purge().await;
             drop(store);
-            match removed {
+            match purged {
+                Ok(Purged { is_all: true, .. }) => break,
                 // There is more. Half of the time is left to others.
-                Ok(removed) if removed >= BATCH.unsigned_abs() => sleep(start.elapsed()).await,
-                Ok(_) => break,
-                // Whoever has a request meanwhile hears the same.
+                Ok(_) => sleep(start.elapsed()).await,
+                // Of an outage whoever has a request meanwhile hears, too, but not of a table that grows without end.
                 Err(error) => {
-                    tracing::debug!(
+                    tracing::warn!(
                         error = &error as &dyn std::error::Error,
                         "expired records are not removed"
                     );
@@ -49,5 +105,26 @@ pub(super) async fn repeat(store: Weak<Inner>, every: Duration) {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_that_fails_is_halved_down_to_one_record_and_grows_again() {
+        let batch = Batch::default();
+        let sizes = |times: usize, how: fn(&Batch, i64)| {
+            let after = (0..times).map(|_| {
+                how(&batch, batch.size());
+                batch.size()
+            });
+            after.collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(3, Batch::failed), [500, 250, 125]);
+        assert_eq!(sizes(4, Batch::was_full), [250, 500, 1000, 1000]);
+        assert_eq!(sizes(11, Batch::failed)[8..], [1, 1, 1]);
+        assert_eq!(sizes(1, Batch::was_full), [2]);
     }
 }

@@ -35,6 +35,7 @@ fn store() -> PostgresStore {
         hints: Arc::new(Hints::new()),
         connections,
         table,
+        batch: super::purge::Batch::default(),
     }))
 }
 
