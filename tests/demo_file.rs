@@ -165,6 +165,50 @@ async fn a_file_is_inspected_once_its_server_is_gone_without_keys_or_answers() {
     assert!(!text.contains("secret") && !text.contains(&id), "{text}");
 }
 
+#[tokio::test]
+async fn an_effect_after_a_line_that_was_cut_stands_on_a_line_of_its_own() {
+    let directory = tempfile::tempdir().unwrap();
+    let ledger = directory.path().join("ledger.jsonl");
+    // The second one lacks its line break alone. It was never answered either.
+    for cut in [r#"{"id":"pay_"#, r#"{"id":"pay_1","request":{"reference":"cut"}}"#] {
+        std::fs::write(&ledger, cut).unwrap();
+        let demo = Demo::start(&["--ledger", ledger.to_str().unwrap()]);
+        let answer = pay(&demo, "k").await.unwrap();
+        let id = answer.json()["id"].as_str().unwrap().to_owned();
+        let expected = HashMap::from([("k".to_owned(), vec![id])]);
+        assert_eq!(effects(&ledger), expected, "after {cut:?}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn an_effect_whose_line_break_found_no_room_is_none() {
+    /// What the server may write to one file, in the shell's blocks of 512 bytes.
+    const LIMIT: usize = 8 * 512;
+    let directory = tempfile::tempdir().unwrap();
+    let ledger = directory.path().join("ledger.jsonl");
+    let demo = Demo::start(&["--ledger", ledger.to_str().unwrap()]);
+    // Checkbook keeps successes only, so that each of them runs.
+    let ask = async |demo: &Demo| demo.post("/v3/check/digital", &[], "{}").await.status;
+    assert_eq!(ask(&demo).await, StatusCode::CREATED);
+    let line = std::fs::read(&ledger).unwrap().len();
+    let room = LIMIT - (line - 1);
+    let before = format!("{{{}}}\n", " ".repeat(room - "{}\n".len()));
+    std::fs::write(&ledger, &before).unwrap();
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", r#"trap '' XFSZ; ulimit -f 8; exec "$0" "$@""#])
+        .arg(demo::program())
+        .args(["--listen", "127.0.0.1:0", "--store", "memory", "--ledger"])
+        .arg(&ledger);
+    let demo = Demo::run(command);
+    for _ in 0..2 {
+        assert_eq!(ask(&demo).await, StatusCode::INTERNAL_SERVER_ERROR);
+        assert_eq!(std::fs::read_to_string(&ledger).unwrap(), before);
+    }
+    assert!(demo.effects().await.is_empty());
+}
+
 /// What became of every key, as the clients saw it.
 #[derive(Default)]
 struct Seen {

@@ -3,8 +3,8 @@
 #[cfg(feature = "postgres")]
 use std::collections::HashSet;
 use std::{
-    fs::{File, OpenOptions},
-    io::{self, Write},
+    fs::{File, Metadata, OpenOptions},
+    io::{self, Read, Seek, SeekFrom, Write},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::SystemTime,
@@ -34,26 +34,61 @@ impl Effect {
 
 struct Lines {
     file: File,
-    /// The last line was not written to its end.
+    /// The last line was not written to its end, and is there.
     is_torn: bool,
 }
 
+/// Ends a line that was not written to its end. It may lack nothing but its line break, and is no effect all the same: an
+/// object with this behind it is no JSON.
+const TORN: &str = " (torn)\n";
+
 impl Lines {
+    fn open(path: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new().create(true).append(true).open(path)?;
+        let metadata = file.metadata()?;
+        let mut last = *b"\n";
+        // Only a file has an end: a pipe would be waited for.
+        if metadata.is_file() && metadata.len() > 0 {
+            let mut written = File::open(path)?;
+            written.seek(SeekFrom::End(-1))?;
+            written.read_exact(&mut last)?;
+        }
+        Ok(Self {
+            file,
+            is_torn: last != *b"\n",
+        })
+    }
+
     fn append(&mut self, line: &str) -> io::Result<()> {
+        let before = self.file.metadata()?;
         // A line break in JSON as it was sent is only white space, and this is one line.
-        let start = if self.is_torn { "\n" } else { "" };
+        let start = if self.is_torn { TORN } else { "" };
         let line = start.to_owned() + &line.replace(['\n', '\r'], " ") + "\n";
         let mut rest = line.as_bytes();
         while !rest.is_empty() {
-            match self.file.write(rest) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => rest = &rest[written..],
+            let error = match self.file.write(rest) {
+                Ok(0) => io::ErrorKind::WriteZero.into(),
+                Ok(written) => {
+                    rest = &rest[written..];
+                    continue;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
+                Err(error) => error,
+            };
+            let written = (line.len() - rest.len()) as u64;
+            if written > 0 {
+                self.is_torn |= !self.cut(&before, written);
             }
-            self.is_torn = !rest.is_empty();
+            return Err(error);
         }
+        self.is_torn = false;
         Ok(())
+    }
+
+    /// Takes back what was written of a line. Only a file can be cut, and only where no other process wrote behind it.
+    fn cut(&self, before: &Metadata, written: u64) -> bool {
+        let is_last = |now: Metadata| now.is_file() && now.len() == before.len() + written;
+        self.file.metadata().is_ok_and(is_last) && self.file.set_len(before.len()).is_ok()
     }
 }
 
@@ -68,11 +103,9 @@ pub struct Ledger {
 
 impl Ledger {
     pub fn open(file: Option<&Path>) -> io::Result<Self> {
-        let file = file
-            .map(|path| OpenOptions::new().create(true).append(true).open(path))
-            .transpose()?;
+        let file = file.map(Lines::open).transpose()?;
         Ok(Self {
-            file: file.map(|file| Mutex::new(Lines { file, is_torn: false })),
+            file: file.map(Mutex::new),
             ..Self::default()
         })
     }
