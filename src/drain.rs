@@ -85,8 +85,11 @@ impl Working {
 /// ```no_run
 /// # use std::time::Duration;
 /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
-/// # async fn serve(listener: tokio::net::TcpListener, app: axum::Router, signal: impl Future<Output = ()> + Send +
-/// 'static) { let idempotency = IdempotencyLayer::new(MemoryStore::new());
+/// # async fn serve<S>(listener: tokio::net::TcpListener, app: axum::Router, signal: S)
+/// # where
+/// #     S: Future<Output = ()> + Send + 'static,
+/// # {
+/// let idempotency = IdempotencyLayer::new(MemoryStore::new());
 /// let drain = idempotency.drain();
 /// // let app = app.layer(idempotency);
 /// axum::serve(listener, app).with_graceful_shutdown(signal).await.unwrap();
