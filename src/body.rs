@@ -72,10 +72,11 @@ impl Body for BufferedBody {
 /// A request body that can be made again from its bytes, so that the protected service sees the type it always saw.
 ///
 /// Implemented for the bodies of axum and tonic, for `Full<Bytes>` and for the boxed bodies of `http-body-util`. A raw
-/// hyper service takes `hyper::body::Incoming`, which nobody but hyper can make: box the body before this layer.
+/// hyper service takes `hyper::body::Incoming`, which nobody but hyper can make: box the body above this layer, such as
+/// with `.map_request(|request: http::Request<_>| request.map(Body::new))`.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot be made again from buffered bytes",
-    note = "box the body above this layer, such as with `.map_request(|request| request.map(Body::new))`"
+    note = "box the body above this layer, such as with `.map_request(|request: http::Request<_>| request.map(Body::new))`"
 )]
 pub trait RequestBody: Body {
     /// The body of the request that goes on to the service.
