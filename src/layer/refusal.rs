@@ -83,11 +83,14 @@ impl IdempotencyLayer {
     /// # use http::Response;
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
     /// IdempotencyLayer::new(MemoryStore::new()).rejections(|rejection, _request| {
-    ///     let after = rejection.retry_after().map_or(0, |after| after.as_secs());
-    ///     Response::builder()
+    ///     let mut answer = Response::builder()
     ///         .status(rejection.status())
-    ///         .header("content-type", "application/json")
-    ///         .header("retry-after", after)
+    ///         .header("content-type", "application/json");
+    ///     // Only where trying again can help.
+    ///     if let Some(after) = rejection.retry_after() {
+    ///         answer = answer.header("retry-after", after.as_secs());
+    ///     }
+    ///     answer
     ///         .body(Bytes::from(format!(r#"{{"error":"{}"}}"#, rejection.kind().slug())))
     ///         .expect("a status and a content type")
     /// });
