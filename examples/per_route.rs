@@ -39,9 +39,10 @@ async fn create_payment() -> &'static str {
     "charged"
 }
 
-/// Safe to repeat, since the service that it calls is idempotent itself and gets the key.
+/// Safe to repeat, since the service that it calls is idempotent itself and gets the operation's name as its key. Not the
+/// client's key: two tenants may use the same one.
 async fn send_receipt(attempt: Attempt) -> String {
-    format!("sent with key {}, attempt {}", attempt.key().as_str(), attempt.number())
+    format!("sent with key {}, attempt {}", attempt.id().to_hex(), attempt.number())
 }
 
 fn app() -> Router {
