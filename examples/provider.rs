@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use axum::{
     Json, Router,
+    body::Body,
     http::{Method, StatusCode},
     response::{IntoResponse, Response},
     routing::post,
@@ -73,7 +74,11 @@ struct Moved {
 }
 
 async fn transfer(attempt: Attempt, Json(transfer): Json<Transfer>) -> Response {
-    let cents = transfer.legs.iter().map(|leg| leg.cents).sum();
+    let mut legs = transfer.legs.iter();
+    let Some(cents) = legs.try_fold(0, |sum: u64, leg| sum.checked_add(leg.cents)) else {
+        let fault = quayside_errors().error(StatusCode::BAD_REQUEST, "TOO_MUCH", "nobody has that much");
+        return fault.map(Body::from).into_response();
+    };
     if cents > 100_000 {
         // Nothing moved: the same names may be tried again, once there is money.
         let fault = quayside_errors().error(
@@ -81,9 +86,9 @@ async fn transfer(attempt: Attempt, Json(transfer): Json<Transfer>) -> Response 
             "NO_FUNDS",
             "the account does not hold that",
         );
-        return (Keep::Nothing, fault.map(axum::body::Body::from)).into_response();
+        return (Keep::Nothing, fault.map(Body::from)).into_response();
     }
-    let booking = attempt.id().to_hex()[..8].to_owned();
+    let booking = attempt.id().to_hex();
     let transfer_id = transfer.transfer_id;
     let moved = Moved {
         transfer_id,
