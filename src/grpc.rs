@@ -150,6 +150,19 @@ mod tests {
     }
 
     #[test]
+    fn the_page_of_problem_types_says_the_code_of_each() {
+        let page = include_str!("problems.rs");
+        for kind in RejectionKind::ALL {
+            let row = format!("//! | {}, `", code(*kind));
+            let row = page
+                .lines()
+                .find(|line| line.starts_with(&row))
+                .expect("a row of its code");
+            assert!(row.contains(&format!("`{}`", kind.slug())), "{kind:?}: {row}");
+        }
+    }
+
+    #[test]
     fn only_a_grpc_answer_has_a_grpc_status() {
         let mut headers = HeaderMap::new();
         headers.insert(GRPC_STATUS, HeaderValue::from_static("14"));

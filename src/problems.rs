@@ -4,6 +4,20 @@
 //! to the client, and whether to send the request again. The statuses are those that a layer has by default; an API may
 //! have others, and a form of its own, in which these names stand for its codes.
 //!
+//! A gRPC call is refused with a status of its own in place of these, under HTTP status 200, and with the reason in
+//! `grpc-message`; where trying again can help, `retry-after` stands beside them.
+//!
+//! | `grpc-status` | what it refuses |
+//! |---|---|
+//! | 3, `INVALID_ARGUMENT` | `idempotency-key-missing`, `idempotency-key-invalid`, `idempotency-scope-missing`, `request-body-incomplete`, `request-body-unreadable`, `idempotency-key-repeated`, `first-sent-invalid`, `idempotency-key-reused` |
+//! | 6, `ALREADY_EXISTS` | `duplicate-request`, `response-not-kept` |
+//! | 8, `RESOURCE_EXHAUSTED` | `request-body-too-large` |
+//! | 9, `FAILED_PRECONDITION` | `first-sent-too-old`, `outcome-unknown` |
+//! | 10, `ABORTED` | `request-in-progress`, `transaction-rolled-back` |
+//! | 13, `INTERNAL` | `transaction-failed`, `transaction-misused` |
+//! | 14, `UNAVAILABLE` | `store-unavailable`, `store-full`, `record-from-newer-version` |
+//! | 15, `DATA_LOSS` | `record-unreadable` |
+//!
 //! ## idempotency-key-missing
 //! **400.** The operation requires an idempotency key and none was sent. Nothing ran. Send the request with a key.
 //!
