@@ -445,6 +445,8 @@ fn the_command_line_explains_itself_and_its_mistakes() {
     for (options, code, complaint) in [
         (&["--nonsense"][..], 2, "--nonsense"),
         (&["--store", "nonsense:"], 2, "nonsense"),
+        (&["--store", "mysql:app:hunter2@localhost"], 2, "mysql"),
+        (&["--store", "Postgres://app:hunter2@localhost"], 2, "Postgres"),
         (&["--retention", "soon"], 2, "soon"),
         (&["--listen", "nowhere"], 2, "nowhere"),
         (
@@ -458,6 +460,7 @@ fn the_command_line_explains_itself_and_its_mistakes() {
         assert_eq!(output.status.code(), Some(code), "{options:?}");
         let error = String::from_utf8(output.stderr).unwrap();
         assert!(error.contains(complaint), "{error:?} does not name {complaint:?}");
+        assert!(!error.contains("hunter2"), "{error:?} has the password");
     }
 }
 

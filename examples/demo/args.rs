@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::{
+    ffi::OsString,
     net::{SocketAddr, ToSocketAddrs},
     path::PathBuf,
     time::Duration,
@@ -74,7 +75,7 @@ impl Args {
         while let Some(option) = parser.next()? {
             match option {
                 Long("listen") => args.listen = parser.value()?.parse_with(listen)?,
-                Long("store") => args.store = parser.value()?.parse_with(store)?,
+                Long("store") => args.store = store(parser.value()?)?,
                 Long("retention") => args.retention = Some(parser.value()?.parse_with(retention)?),
                 Long("ledger") => args.ledger = Some(parser.value()?.into()),
                 Short('h') | Long("help") => return Ok(None),
@@ -105,7 +106,11 @@ fn is_redis(url: &str) -> bool {
     matches!(base, "redis" | "rediss" | "valkey" | "valkeys")
 }
 
-fn store(name: &str) -> Result<Store, String> {
+/// Its errors do not show all of it, which may hold a password.
+fn store(name: OsString) -> Result<Store, String> {
+    let Some(name) = name.to_str() else {
+        return Err("--store is not Unicode".to_owned());
+    };
     match name {
         "memory" => Ok(Store::Memory),
         #[cfg(feature = "redis")]
@@ -117,9 +122,8 @@ fn store(name: &str) -> Result<Store, String> {
         other => match other.strip_prefix("file:") {
             Some("") => Err("file: wants a path, such as file:store.redb".to_owned()),
             Some(path) => Ok(Store::File(path.into())),
-            // Not all of it: what follows may be a password.
             None => {
-                let kind = other.split_once("://").map_or(other, |(scheme, _)| scheme);
+                let kind = other.split_once(':').map_or(other, |(kind, _)| kind);
                 Err(format!("there is no store {kind:?}; this version has: {STORES}"))
             }
         },
