@@ -61,6 +61,9 @@ async fn a_transfer_that_panics_between_its_halves_moves_nothing_and_runs_again(
     let again = demo.post("/transfers", &[(KEY, "k")], &order(1, 2, 500)).await;
     assert_eq!((again.status, again.is_replay()), (StatusCode::CREATED, false));
     demo.assert_one_effect(&again).await;
+    // One that is to be answered with a status on demand panics before that, too.
+    let asked = [(KEY, "asked"), ("x-demo-status", "402")];
+    demo.lose("/transfers", &asked, &order(1, 2, 500)).await;
     // What an account does not hold is declined, and stays declined.
     let declined = demo.post("/transfers", &[(KEY, "poor")], &order(1, 2, 1_000_000)).await;
     assert_eq!(declined.status, StatusCode::PAYMENT_REQUIRED);

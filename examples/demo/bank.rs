@@ -175,6 +175,7 @@ pub async fn transfer(
         }
     };
     if let Some(status) = faults.status {
+        faults.strike().await;
         let detail = format!("x-demo-status asked for {}", status.as_u16());
         return answer(
             status,
