@@ -212,6 +212,22 @@ async fn bodies_that_cannot_be_paid_have_no_effect() {
         assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{body:?}");
         assert_eq!(answer.header("content-type"), Some("application/problem+json"));
     }
+    for (route, header, body) in [
+        ("/checkout/v1/payment", "x-request-id", r#"{"order":{"amount":-5}}"#),
+        (
+            "/v1/payment/orders/refund",
+            "x-nothing",
+            r#"{"reference_id":"a","amount":{"value":"-5"}}"#,
+        ),
+        (
+            "/v1/payment/orders",
+            "x-nothing",
+            r#"{"reference_id":"b","purchase_units":[{"amount":{"value":"0"}}]}"#,
+        ),
+    ] {
+        let answer = demo.post(route, &[(header, "k")], body).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{body:?}");
+    }
     let too_large = format!("{{\"a\":\"{}\"}}", "x".repeat(1 << 20));
     assert_eq!(
         pay(&demo, &[("idempotency-key", "k")], &too_large).await.problem(),

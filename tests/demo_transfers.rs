@@ -64,6 +64,9 @@ async fn a_transfer_that_panics_between_its_halves_moves_nothing_and_runs_again(
     // One that is to be answered with a status on demand panics before that, too.
     let asked = [(KEY, "asked"), ("x-demo-status", "402")];
     demo.lose("/transfers", &asked, &order(1, 2, 500)).await;
+    // What is no object is no transfer, though its values are in order.
+    let listed = demo.post("/transfers", &[(KEY, "listed")], "[1,2,500]").await;
+    assert_eq!(listed.status, StatusCode::BAD_REQUEST);
     // What an account does not hold is declined, and stays declined.
     let declined = demo.post("/transfers", &[(KEY, "poor")], &order(1, 2, 1_000_000)).await;
     assert_eq!(declined.status, StatusCode::PAYMENT_REQUIRED);

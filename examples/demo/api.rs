@@ -171,24 +171,31 @@ pub fn answer(status: StatusCode, mut answer: Answer, bytes: usize) -> Response 
 }
 
 /// A JSON object; an amount in it has to be one that can be paid.
-fn parse(body: &[u8]) -> Result<Box<RawValue>, String> {
+pub fn parse(body: &[u8]) -> Result<Box<RawValue>, String> {
     let request: Box<RawValue> =
         serde_json::from_slice(body).map_err(|error| format!("the body is not JSON: {error}"))?;
     let value: Value = serde_json::from_str(request.get()).map_err(|error| format!("the body is not JSON: {error}"))?;
-    let object = value.as_object().ok_or("the body is not a JSON object")?;
-    if let Some(amount) = object.get("amount") {
-        let number = match amount {
-            Value::Number(number) => number.as_f64(),
-            Value::String(text) => text.parse().ok(),
-            // An amount with its currency, such as MidasPay's; the order's handler would look into it.
-            Value::Object(_) => Some(1.0),
-            _ => None,
-        };
-        if !number.is_some_and(|number| number.is_finite() && number > 0.0) {
-            return Err("the amount is not a positive number".to_owned());
-        }
+    if !value.is_object() {
+        return Err("the body is not a JSON object".to_owned());
     }
-    Ok(request)
+    // DOKU has it in the order, MidasPay in each unit of one, too.
+    let units = value["purchase_units"].as_array().into_iter().flatten();
+    let holders = [&value, &value["order"]].into_iter().chain(units);
+    match holders.filter_map(|holder| holder.get("amount")).all(is_payable) {
+        true => Ok(request),
+        false => Err("the amount is not a positive number".to_owned()),
+    }
+}
+
+fn is_payable(amount: &Value) -> bool {
+    let number = match amount {
+        Value::Number(number) => number.as_f64(),
+        Value::String(text) => text.parse().ok(),
+        // With its currency, such as MidasPay's.
+        Value::Object(amount) => return amount.get("value").is_none_or(is_payable),
+        _ => None,
+    };
+    number.is_some_and(|number| number.is_finite() && number > 0.0)
 }
 
 pub fn fresh_id(prefix: &str) -> Option<String> {

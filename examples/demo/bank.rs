@@ -18,7 +18,7 @@ use tokio_postgres::{Error, NoTls};
 use tower_idempotency::{Attempt, PostgresTransaction};
 
 use crate::{
-    api::{Answer, App, answer, fresh_id},
+    api::{Answer, App, answer, fresh_id, parse},
     faults::Faults,
     ledger::Effect,
     providers::problem,
@@ -186,14 +186,18 @@ pub async fn transfer(
             faults.response_bytes,
         );
     }
-    let order: Transfer = match serde_json::from_slice(&body) {
+    let request = match parse(&body) {
+        Ok(request) => request,
+        Err(detail) => return problem(StatusCode::BAD_REQUEST, &detail),
+    };
+    let order: Transfer = match serde_json::from_str(request.get()) {
         Ok(order) => order,
         Err(error) => return problem(StatusCode::BAD_REQUEST, &format!("not a transfer: {error}")),
     };
     if order.amount <= 0 || order.from == order.to {
         return problem(StatusCode::BAD_REQUEST, "a transfer moves an amount to another account");
     }
-    let (Some(id), Ok(request)) = (fresh_id("transfer"), serde_json::from_slice::<Box<RawValue>>(&body)) else {
+    let Some(id) = fresh_id("transfer") else {
         return problem(StatusCode::SERVICE_UNAVAILABLE, "there is no randomness for an id");
     };
     let effect = Effect::now(id.clone(), "/transfers".to_owned(), request);
