@@ -22,12 +22,18 @@ struct Transfer {
     amount: i64,
 }
 
-const TAKE: &str = "UPDATE accounts SET balance = balance - $2 WHERE id = $1";
-const GIVE: &str = "UPDATE accounts SET balance = balance + $2 WHERE id = $1";
+const TAKE: &str = "UPDATE accounts SET balance = balance - $2 WHERE id = $1 AND $2::bigint > 0";
+const GIVE: &str = "UPDATE accounts SET balance = balance + $2 WHERE id = $1 AND $2::bigint > 0";
 
 /// Nothing is kept of a 503: what failed is rolled back and may be tried again.
 fn failed(error: impl std::error::Error) -> (StatusCode, String) {
     (StatusCode::SERVICE_UNAVAILABLE, error.to_string())
+}
+
+/// A 422 is kept, and what was written before it is rolled back.
+fn one_account(rows: u64) -> Result<(), (StatusCode, String)> {
+    let refused = || (StatusCode::UNPROCESSABLE_ENTITY, "no such account or amount".to_owned());
+    (rows == 1).then_some(()).ok_or_else(refused)
 }
 
 type Answer = Result<StatusCode, (StatusCode, String)>;
@@ -37,14 +43,10 @@ type Answer = Result<StatusCode, (StatusCode, String)>;
 async fn unsafe_to_retry(State(pool): State<Pool>, Json(order): Json<Transfer>) -> Answer {
     let mut client = pool.get().await.map_err(failed)?;
     let transaction = client.transaction().await.map_err(failed)?;
-    transaction
-        .execute(TAKE, &[&order.from, &order.amount])
-        .await
-        .map_err(failed)?;
-    transaction
-        .execute(GIVE, &[&order.to, &order.amount])
-        .await
-        .map_err(failed)?;
+    for (sql, account) in [(TAKE, order.from), (GIVE, order.to)] {
+        let changed = transaction.execute(sql, &[&account, &order.amount]).await;
+        one_account(changed.map_err(failed)?)?;
+    }
     transaction.commit().await.map_err(failed)?;
     Ok(StatusCode::CREATED)
 }
@@ -52,21 +54,18 @@ async fn unsafe_to_retry(State(pool): State<Pool>, Json(order): Json<Transfer>) 
 // ---- after: the transaction is the layer's, which commits it with the answer
 
 async fn with_tokio_postgres(transaction: PostgresTransaction, Json(order): Json<Transfer>) -> Answer {
-    transaction
-        .execute(TAKE, &[&order.from, &order.amount])
-        .await
-        .map_err(failed)?;
-    transaction
-        .execute(GIVE, &[&order.to, &order.amount])
-        .await
-        .map_err(failed)?;
+    for (sql, account) in [(TAKE, order.from), (GIVE, order.to)] {
+        let changed = transaction.execute(sql, &[&account, &order.amount]).await;
+        one_account(changed.map_err(failed)?)?;
+    }
     Ok(StatusCode::CREATED)
 }
 
 async fn with_sqlx(mut transaction: SqlxTransaction, Json(order): Json<Transfer>) -> Answer {
     for (sql, account) in [(TAKE, order.from), (GIVE, order.to)] {
         let statement = query(sql).bind(account).bind(order.amount);
-        statement.execute(&mut **transaction).await.map_err(failed)?;
+        let changed = statement.execute(&mut **transaction).await;
+        one_account(changed.map_err(failed)?.rows_affected())?;
     }
     Ok(StatusCode::CREATED)
 }

@@ -50,10 +50,15 @@ async fn what_a_retry_pays_twice_happens_once_in_the_layers_transaction() {
     let path = between("curl -i 127.0.0.1:3000", " ");
     let (name, key) = between("-H '", "'").split_once(": ").unwrap();
     let order = between("-d '", "'");
-    let ask = async |path: &str| {
-        let request = post(path, &[("content-type", "application/json"), (name, key)], order);
+    let send_order = async |path: &str, key: &str, order: &str| {
+        let request = post(
+            path,
+            &[("content-type", "application/json"), (name, key)],
+            order.to_owned(),
+        );
         send(address, request).await.unwrap()
     };
+    let ask = async |path: &str| send_order(path, key, order).await;
     let balance = "SELECT balance FROM accounts WHERE id = 2";
     let mut expected = 1000;
     for (path, amount) in [(path, 5), ("/sqlx/transfers", 5)] {
@@ -67,5 +72,21 @@ async fn what_a_retry_pays_twice_happens_once_in_the_layers_transaction() {
         expected += 5;
         assert_eq!(ask("/unsafe").await.status, StatusCode::CREATED);
         assert_eq!(server.ask::<i64>(balance).await, expected, "each time");
+    }
+    let money = "SELECT sum(balance)::bigint FROM accounts";
+    for (key, order) in [
+        ("to-nobody", r#"{"from":1,"to":9,"amount":5}"#),
+        ("backwards", r#"{"from":1,"to":2,"amount":-5}"#),
+    ] {
+        for path in [path, "/sqlx/transfers", "/unsafe"] {
+            let refused = send_order(path, key, order).await;
+            assert_eq!(
+                refused.status,
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "{path} {key}: {refused:?}"
+            );
+            assert_eq!(server.ask::<i64>(money).await, 2000, "{path} {key}");
+            assert_eq!(server.ask::<i64>(balance).await, expected, "{path} {key}");
+        }
     }
 }
