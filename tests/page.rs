@@ -24,6 +24,11 @@ async fn the_page_shows_what_idempotency_does() {
     a_panic_leaves_an_unknown_outcome_that_is_never_run_again(&Page::open(&browser).await).await;
     every_operation_on_offer_works_and_is_protected(&Page::open(&browser).await).await;
     what_a_user_typed_stays_text(&Page::open(&browser).await).await;
+    #[cfg(target_os = "linux")]
+    {
+        let demo = Demo::start(&["--ledger", "/dev/full"]);
+        an_error_of_a_handler_is_no_refusal(&Page::of(&browser, demo).await).await;
+    }
     without_a_database_there_are_no_accounts(&Page::open(&browser).await).await;
     #[cfg(feature = "postgres")]
     {
@@ -210,6 +215,14 @@ async fn what_a_user_typed_stays_text(page: &Page<'_>) {
         .run("return document.querySelectorAll('img').length", &[])
         .await;
     assert_eq!(images, 0);
+}
+
+#[cfg(target_os = "linux")]
+async fn an_error_of_a_handler_is_no_refusal(page: &Page<'_>) {
+    for route in ["/payments", "/v1/payment/orders/refund"] {
+        page.browser.click(&format!("#route option[value='{route}']")).await;
+        page.click_and_see("#send").await.must_be("handler", 500);
+    }
 }
 
 async fn without_a_database_there_are_no_accounts(page: &Page<'_>) {
