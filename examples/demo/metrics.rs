@@ -12,7 +12,11 @@ pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
     for (name, help, value) in [
         ("executed", "Requests with a key whose handler ran.", counted.executed),
         ("replayed", "Requests answered with a stored answer.", counted.replayed),
-        ("refused", "Requests with a key that were refused.", counted.refused),
+        (
+            "refused",
+            "Requests that were refused, those without a required key included.",
+            counted.refused,
+        ),
         ("waited", "Requests that waited for another one.", counted.waited),
         (
             "released",
