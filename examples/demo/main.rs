@@ -13,7 +13,7 @@ mod metrics;
 mod providers;
 mod store;
 
-use std::{pin::pin, process::ExitCode, sync::Arc, time::Duration};
+use std::{io::Write, pin::pin, process::ExitCode, sync::Arc, time::Duration};
 
 #[cfg(unix)]
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -86,7 +86,8 @@ async fn serve(args: Args) -> Result<(), String> {
     let app = api::router(Arc::new(ledger), store.clone(), &idempotency, args.retention);
 
     let mut stop = Stop::listen().map_err(|error| format!("cannot listen to signals: {error}"))?;
-    println!("listening on http://{address}");
+    // Who closed its output can still be served.
+    let _ = writeln!(std::io::stdout(), "listening on http://{address}");
     let asked = Arc::new(Notify::new());
     let server = axum::serve(listener, app).with_graceful_shutdown(Arc::clone(&asked).notified_owned());
     let mut server = pin!(server.into_future());
