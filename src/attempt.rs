@@ -24,8 +24,9 @@ use crate::{
     guard::{Guard, Outcome},
     keep::Keep,
     key::IdempotencyKey,
-    policy::{Policy, named_by_connection},
+    policy::{Guarantee, Policy, named_by_connection},
     record::{Lease, Retention},
+    rejection::{Rejection, RejectionKind},
     sync::Instant,
 };
 
@@ -65,7 +66,7 @@ impl<S> Exchange<S> {
     }
 
     /// As above, after the operation's other keys were claimed, if there are any: all of them, or it does not run. Nor does
-    /// it if its own was granted so late that it is another attempt's by now.
+    /// it if its own was granted so late that others take it for lost by now.
     pub(crate) async fn claim_others_and_run<B, R>(
         self: Box<Self>,
         lease: Lease,
@@ -77,6 +78,12 @@ impl<S> Exchange<S> {
         R: Body,
     {
         let mut guard = Guard::new(Arc::clone(&self.shared), lease, self.claim.repeated, asked);
+        // Duplicates may have been told by now that nobody knows whether it ran, so it must not run any more.
+        let was_over = asked.is_some_and(|asked| asked.elapsed() >= self.claim.lease);
+        if was_over && self.shared.policy.guarantee == Guarantee::AtMostOnce {
+            guard.settle(Outcome::Unknown).await;
+            return Step::Done(Ok(self.refuse(Rejection::new(RejectionKind::OutcomeUnknown))));
+        }
         let claimed = {
             let asked = asked.unwrap_or_else(Instant::now);
             let claims = pin!(claim_others(&guard, &self.claim, &self.identity.others, asked));

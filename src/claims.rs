@@ -43,15 +43,26 @@ pub(crate) async fn claim_others(
     Ok(())
 }
 
+/// How often a record is confirmed. The first time may be as late as what made it necessary.
+const TRIES: usize = 2;
+
 /// Whether the operation's own record still belongs to this attempt. Where one of the other keys was completed, it was by
 /// an attempt that was lost before this one, or by one that this attempt was lost to.
 async fn confirm(guard: &Guard, claim: &Claim) -> Result<(), Rejection> {
-    let shared = guard.shared();
-    match shared.call(shared.store.renew(&guard.lease(), claim.lease)).await {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == StoreErrorKind::Fenced => Err(Rejection::new(RejectionKind::InProgress)),
-        Err(error) => Err(unusable_store(&error)),
+    let mut refusal = Rejection::new(RejectionKind::StoreUnavailable);
+    for _ in 0..TRIES {
+        let asked = Instant::now();
+        match guard.renew_own().await {
+            // So late that it says only what was.
+            Ok(()) if asked.elapsed() >= claim.lease => {}
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == StoreErrorKind::Fenced => {
+                return Err(Rejection::new(RejectionKind::InProgress));
+            }
+            Err(error) => refusal = unusable_store(&error),
+        }
     }
+    Err(refusal)
 }
 
 /// How a key came to be had.

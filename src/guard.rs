@@ -168,6 +168,12 @@ impl Guard {
         *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some((at, pause));
     }
 
+    /// The operation's own record, at once; the next time is counted from now on.
+    pub(crate) async fn renew_own(&self) -> Result<(), StoreError> {
+        self.ask_again(Instant::now(), self.shared.policy.lease / 3);
+        self.renew(&self.lease).await
+    }
+
     async fn renew(&self, lease: &Lease) -> Result<(), StoreError> {
         let store = &self.shared.store;
         self.shared.call(store.renew(lease, self.shared.policy.lease)).await

@@ -22,6 +22,7 @@ use serde_json::json;
 use support::{
     app::{answering, call, gated, keyed, open, pay, spawn},
     faulty::{Fault, FaultyStore, Op},
+    http::Answer,
 };
 use tokio::time::{Instant, sleep};
 use tower_idempotency::{
@@ -165,7 +166,10 @@ async fn a_store_that_answers_late_whatever_it_is_asked_keeps_a_running_attempt_
     store.fail(Op::Begin, [late]);
     store.fail(Op::Renew, [late; 20]);
     let first = spawn(&app, keyed("k", "a"));
-    control.entered().await;
+    while control.runs() == 0 {
+        assert!(!first.is_finished(), "{:?}", first.await);
+        sleep(Duration::from_millis(100)).await;
+    }
     for _ in 0..200 {
         let duplicate = spawn(&app, keyed("k", "a"));
         sleep(Duration::from_millis(100)).await;
@@ -176,9 +180,8 @@ async fn a_store_that_answers_late_whatever_it_is_asked_keeps_a_running_attempt_
     assert_eq!(first.await.unwrap().body, "run 1 attempt 1: a");
 }
 
-#[tokio::test(start_paused = true)]
-async fn an_attempt_whose_lease_was_over_and_another_ones_when_it_heard_of_it_does_not_run() {
-    let store = FaultyStore::default();
+/// Under a lease of 4 seconds, which a second attempt takes over after this many seconds.
+async fn is_taken_over(store: &FaultyStore, after: u64) -> Answer {
     let lease = Duration::from_secs(4);
     let layer = IdempotencyLayer::new(store.clone())
         .guarantee(Guarantee::AtLeastOnce)
@@ -186,17 +189,46 @@ async fn an_attempt_whose_lease_was_over_and_another_ones_when_it_heard_of_it_do
         .store_timeout(3 * lease);
     let control = gated();
     let app = pay(&control, layer);
-    store.fail(Op::Begin, [Fault::SlowAnswer(2 * lease)]);
     let first = spawn(&app, keyed("k", "a"));
-    sleep(lease + lease / 2).await;
+    sleep(Duration::from_secs(after)).await;
     let second = spawn(&app, keyed("k", "a"));
     control.entered().await;
-    sleep(lease).await;
+    sleep(2 * lease).await;
     assert!(first.is_finished(), "both run");
-    assert_eq!(first.await.unwrap().problem(), "request-in-progress");
     assert_eq!(control.runs(), 1);
     control.let_go();
     assert_eq!(second.await.unwrap().body, "run 1 attempt 2: a");
+    first.await.unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_whose_lease_was_over_and_another_ones_when_it_heard_of_it_does_not_run() {
+    let store = FaultyStore::default();
+    store.fail(Op::Begin, [Fault::SlowAnswer(Duration::from_secs(8))]);
+    assert_eq!(is_taken_over(&store, 6).await.problem(), "request-in-progress");
+    // In time for the lease, but not to be certain of it; then it is asked, and hears of that when the lease is over.
+    let store = FaultyStore::default();
+    store.fail(Op::Begin, [Fault::SlowAnswer(Duration::from_secs(3))]);
+    store.fail(Op::Renew, [Fault::SlowAnswer(Duration::from_secs(8)); 3]);
+    assert_eq!(is_taken_over(&store, 9).await.problem(), "request-in-progress");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_hears_of_its_lease_when_others_were_told_that_its_outcome_is_unknown_does_not_run() {
+    let store = FaultyStore::default();
+    let lease = Duration::from_secs(4);
+    let layer = IdempotencyLayer::new(store.clone())
+        .lease(lease)
+        .store_timeout(3 * lease);
+    let control = open();
+    let app = pay(&control, layer);
+    store.fail(Op::Begin, [Fault::SlowAnswer(2 * lease)]);
+    let first = spawn(&app, keyed("k", "a"));
+    sleep(lease + lease / 2).await;
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "outcome-unknown");
+    assert_eq!(first.await.unwrap().problem(), "outcome-unknown");
+    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "outcome-unknown");
+    assert_eq!(control.runs(), 0);
 }
 
 // ---- the time of the first attempt
