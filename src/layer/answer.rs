@@ -64,7 +64,8 @@ impl IdempotencyLayer {
     /// wrote is committed. With another one that is kept, its writes are rolled back and its answer alone is committed,
     /// so that a declined transfer is declined once and leaves nothing behind. What is not kept is rolled back as a
     /// whole. A gRPC call that fails without a message counts as the HTTP status of its code, in headers or in trailers;
-    /// one that fails after a message counts as 200. Default: all but 4xx and 5xx.
+    /// one that fails after a message counts as 200, and so does one whose trailers are in its body, as gRPC-Web has them.
+    /// Default: all but 4xx and 5xx.
     #[must_use]
     pub fn commit_statuses(self, committed: Statuses) -> Self {
         self.set(|policy| policy.commit_statuses = committed.clone())

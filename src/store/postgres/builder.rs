@@ -133,14 +133,16 @@ impl PostgresStoreBuilder {
         // A look at the socket; whether the server answers is found by the step that needs it.
         let recycling_method = RecyclingMethod::Fast;
         let manager = Manager::from_config(config, NoTls, ManagerConfig { recycling_method });
-        let notice = notices_its_client_is_gone(self.timeout).join(";");
+        let notices = notices_its_client_is_gone(self.timeout);
         let pool = Pool::builder(manager)
             .max_size(self.max_connections)
             .post_create(Hook::async_fn(move |client, _| {
-                let notice = notice.clone();
+                let notices = notices.clone();
                 Box::pin(async move {
-                    // A server that cannot do it does without, and a connection that is lost says so at its first step.
-                    let _ = client.batch_execute(&notice).await;
+                    // A server that cannot do one does without, and a connection that is lost says so at its first step.
+                    for notice in notices {
+                        let _ = client.batch_execute(&notice).await;
+                    }
                     Ok(())
                 })
             }))
@@ -191,6 +193,7 @@ impl PostgresStoreBuilder {
 ///
 /// And a session whose client has vanished without a word, with its machine or the network, keeps its transaction and its
 /// locks for as long as the system takes to notice, which is two hours by default. What somebody has set is left as it is.
+/// No `tcp_user_timeout`: that would cut a client, too, which is there and reads a large answer slowly.
 fn notices_its_client_is_gone(every: Duration) -> [String; 2] {
     let millis = every.as_millis().clamp(1, i32::MAX as u128);
     let look = format!(
@@ -199,7 +202,7 @@ fn notices_its_client_is_gone(every: Duration) -> [String; 2] {
          AND current_setting('client_connection_check_interval', true) = '0'"
     );
     let keepalives = "SELECT set_config(name, value, false) FROM pg_settings JOIN (VALUES ('tcp_keepalives_idle', '10'), \
-                      ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3'), ('tcp_user_timeout', '25000')) \
+                      ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3')) \
                       AS wanted (name, value) USING (name) WHERE source = 'default'";
     [look, keepalives.to_owned()]
 }

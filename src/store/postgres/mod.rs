@@ -84,7 +84,8 @@ impl PostgresStore {
         PostgresStoreBuilder::default()
     }
 
-    /// Removes records that have expired, at most 1,000, fewer after a try that failed, and says how many. Done by itself unless
+    /// Removes records that have expired, at most 1,000, fewer after a try that failed, and says how many: 0 if that was
+    /// all. Done by itself unless
     /// [`purge_every`](PostgresStoreBuilder::purge_every) is `None`. Records that others work on are left for later.
     ///
     /// # Errors

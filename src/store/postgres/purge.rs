@@ -18,8 +18,8 @@ use crate::{error::StoreError, random};
 const BATCH: i64 = 1000;
 
 /// How many records a batch has now. Answers of a megabyte take so long to remove that a whole batch of them would never
-/// be done within the time of a step: after one that failed the next is half as large, and it grows again with each that
-/// is full and does not fail.
+/// be done within the time of a step: after one that failed the next is half as large, and those that follow grow a
+/// little with each that is full and does not fail.
 pub(super) struct Batch(AtomicI64);
 
 impl Default for Batch {
@@ -35,11 +35,11 @@ impl Batch {
 
     /// Others may have done one meanwhile; then the size is one of those that are next to be tried.
     fn failed(&self, size: i64) {
-        self.0.store((size / 2).max(1), Relaxed);
+        self.0.store((size / 2).max(SMALLEST), Relaxed);
     }
 
     fn was_full(&self, size: i64) {
-        self.0.store((size * 2).min(BATCH), Relaxed);
+        self.0.store((size + size / 8 + 1).min(BATCH), Relaxed);
     }
 }
 
@@ -47,6 +47,9 @@ pub(super) struct Purged {
     pub(super) removed: u64,
     is_all: bool,
 }
+
+/// After one that failed there are smaller ones, down to this.
+const SMALLEST: i64 = 1;
 
 impl Inner {
     /// Removes at most one batch.
@@ -88,13 +91,14 @@ pub(super) async fn repeat(store: Weak<Inner>, every: Duration) {
         sleep(every / 2 + every.mul_f64(random::below(1000) as f64 / 1000.0)).await;
         loop {
             let Some(store) = store.upgrade() else { return };
-            let start = Instant::now();
+            let (start, size) = (Instant::now(), store.batch.size());
             let purged = store.purge().await;
             drop(store);
             match purged {
                 Ok(Purged { is_all: true, .. }) => break,
                 // There is more. Half of the time is left to others.
                 Ok(_) => sleep(start.elapsed()).await,
+                Err(_) if size > SMALLEST => sleep(start.elapsed()).await,
                 // Of an outage whoever has a request meanwhile hears, too, but not of a table that grows without end.
                 Err(error) => {
                     tracing::warn!(
@@ -123,8 +127,9 @@ mod tests {
             after.collect::<Vec<_>>()
         };
         assert_eq!(sizes(3, Batch::failed), [500, 250, 125]);
-        assert_eq!(sizes(4, Batch::was_full), [250, 500, 1000, 1000]);
-        assert_eq!(sizes(11, Batch::failed)[8..], [1, 1, 1]);
-        assert_eq!(sizes(1, Batch::was_full), [2]);
+        assert_eq!(sizes(3, Batch::was_full), [141, 159, 179]);
+        assert_eq!(sizes(9, Batch::failed)[6..], [1, 1, 1]);
+        assert_eq!(sizes(3, Batch::was_full), [2, 3, 4]);
+        assert_eq!(sizes(100, Batch::was_full)[98..], [1000, 1000]);
     }
 }

@@ -143,7 +143,8 @@ COMMENT ON TABLE {table} IS '{COMMENT}{VERSION}';
              EXISTS (SELECT FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0] \
              WHERE indrelid = to_regclass({table}) AND attname = 'id' AND indnkeyatts = 1 AND indpred IS NULL \
              AND indisunique AND indisvalid AND indimmediate) AS is_unique, \
-             (SELECT relpersistence FROM pg_class WHERE oid = to_regclass({table})) = 'p' AS is_logged, \
+             (SELECT bool_and(relpersistence = 'p') FROM pg_class WHERE oid = to_regclass({table}) \
+             OR oid IN (SELECT relid FROM pg_partition_tree(to_regclass({table})))) AS is_logged, \
              to_regnamespace({schema}) IS NOT NULL AS schema_exists",
             table = literal(&self.quoted()),
             schema = literal(&quoted(&self.schema)),
