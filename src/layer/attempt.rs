@@ -36,7 +36,9 @@ impl IdempotencyLayer {
     }
 
     /// How long an attempt may go without a sign of life before it counts as lost. While the handler runs it is renewed
-    /// three times as often, so this is not a limit for handlers. Default: 60 seconds.
+    /// three times as often, so this is not a limit for handlers. Let it be several times
+    /// [`store_timeout`](Self::store_timeout): an attempt that hears of its lease when half of that is over asks again
+    /// before its handler runs, and one that hears too late does not run. Default: 60 seconds.
     ///
     /// # Panics
     /// If `lease` is zero.
