@@ -154,10 +154,7 @@ mod tests {
         let page = include_str!("problems.rs");
         for kind in RejectionKind::ALL {
             let row = format!("//! | {}, `", code(*kind));
-            let row = page
-                .lines()
-                .find(|line| line.starts_with(&row))
-                .expect("a row of its code");
+            let row = page.lines().find(|line| line.starts_with(&row)).unwrap_or_default();
             assert!(row.contains(&format!("`{}`", kind.slug())), "{kind:?}: {row}");
         }
     }
