@@ -142,7 +142,7 @@ pub struct Lease {
     pub id: RecordId,
     /// Who holds the lease. Every change to the record compares it.
     pub owner: Owner,
-    /// 1 for the first attempt at a record, and one more with every takeover.
+    /// 1 for the first attempt at a record, and one more with every takeover; 0 if nobody was told of it.
     pub fence: u64,
 }
 

@@ -121,6 +121,7 @@ async fn every_flaw_is_found_under_the_sentence_that_it_breaks() {
         (Flaw::ReleasesForAnyone, 4),
         (Flaw::CompletesForAnyone, 4),
         (Flaw::ComparesFencesInsteadOfOwners, 4),
+        (Flaw::ComparesFences, 4),
         (Flaw::RefusesALateCompletion, 4),
         (Flaw::CompletesTwice, 4),
         (Flaw::AbandonsLater, 4),
@@ -189,6 +190,7 @@ enum Flaw {
     ReleasesForAnyone,
     CompletesForAnyone,
     ComparesFencesInsteadOfOwners,
+    ComparesFences,
     RefusesALateCompletion,
     CompletesTwice,
     AbandonsLater,
@@ -333,6 +335,7 @@ impl Plain {
         };
         let owns = match self.flaw {
             Flaw::ComparesFencesInsteadOfOwners => record.fence == lease.fence,
+            Flaw::ComparesFences => record.owner == lease.owner && record.fence == lease.fence,
             _ => record.owner == lease.owner,
         };
         let open = record.completed.is_none() || self.flaw == Flaw::CompletesTwice;

@@ -49,21 +49,24 @@ use crate::{
 /// # Contract
 ///
 /// A record is *vacant*, *in progress* under a lease, or *completed*. *Abandoned* is not a stored state: it is a
-/// record in progress whose lease is over. *Expired* is vacant. `testing::check` (feature `testing`) turns each
-/// sentence below into a test.
+/// record in progress whose lease is over. *Expired* is vacant. `testing::check` (feature `testing`) turns into tests what
+/// can be seen from outside: rules 1 to 6, but for a store without room, and 10 to 12. Rules 7 to 9, a full store and dropped
+/// futures are the store's own to test.
 ///
 /// 1. **Each method is one atomic step**, whoever else works on the same record, on this node or another. None of
 ///    them can be built from a look-up that is followed by a write.
 /// 2. [`begin`](Self::begin) acquires a vacant record for the claim's owner, with fence 1, and leaves every other
 ///    record as it is. It answers [`Begin::Acquired`] again, with the same fence and a fresh lease, to the owner that
-///    already holds the record, and changes nothing else: a claim whose answer was lost can be repeated. To an owner
-///    that [abandoned](Self::abandon) the record it answers what it answers to everybody.
+///    already holds the record, also when its lease is over, and changes nothing else: a claim whose answer was lost can
+///    be repeated, and so can one with a takeover. To an owner that [abandoned](Self::abandon) the record it answers what
+///    it answers to everybody.
 /// 3. `begin` with [`Claim::takeover`] acquires an abandoned record whose owner and fence are those of the lease that
 ///    it names, and gives it the next fence and the claim's owner, fingerprint and retention. In every other state it
 ///    does what it does without: it acquires a vacant record, and answers what it found of any other.
 /// 4. [`complete`](Self::complete), [`renew`](Self::renew), [`release`](Self::release) and [`abandon`](Self::abandon)
 ///    change a record only if it is in progress and its owner is the lease's owner. Otherwise they fail with
-///    [`Fenced`](crate::StoreErrorKind::Fenced) and change nothing. The owner alone decides: a lease that is over but
+///    [`Fenced`](crate::StoreErrorKind::Fenced) and change nothing. The owner alone decides. The lease's fence is not
+///    compared: whoever was never told of its claim ends it with the fence 0. A lease that is over but
 ///    was not taken over still belongs to its owner, and may be renewed or completed. One that was abandoned is over for
 ///    good: its owner may still complete or release the record, but a renewal, however late it lands, is fenced.
 ///    Repeating a `complete` or an `abandon` whose answer was lost does no harm: it succeeds or is fenced.
@@ -92,9 +95,9 @@ pub trait Store: Send + Sync + 'static {
     /// `Unavailable`, `Full`, `Corrupt`, `NewerVersion` or `Other`.
     fn begin(&self, id: &RecordId, claim: &Claim) -> impl Future<Output = Result<Begin, StoreError>> + Send;
 
-    /// What [`begin`](Self::begin) would answer, if that needs no waiting: `None` if it does, and then nothing was
-    /// begun. It saves a replay from memory its future, nothing else; a store without memory, or one around another
-    /// store, need not have it. Default: `None`.
+    /// Does what [`begin`](Self::begin) does, if that needs no waiting: a record that it says is acquired *is* acquired.
+    /// `None` if it does need to wait: then nothing was begun, and `begin` is called. It saves a replay from memory its
+    /// future, nothing else; a store without memory, or one around another store, need not have it. Default: `None`.
     ///
     /// # Errors
     /// As `begin`.

@@ -47,6 +47,9 @@ pub(super) fn check<'a>(subject: &'a impl Subject, checks: &mut Checks<'a>) {
         "a released record is vacant, and its old owner is fenced from the next",
         || released(subject),
     );
+    checks.add(4, "whoever was not told of its claim's fence ends it with 0", || {
+        without_fence(subject)
+    });
     checks.add(4, "an abandoned lease is over at once", || abandoned(subject));
     checks.add(
         4,
@@ -281,6 +284,18 @@ async fn released(subject: &impl Subject) -> Checked {
     ensure(second.fence == 1, || format!("the next lease is {second:?}"))?;
     all_fenced(&bench, &first).await?;
     bench.expect_in_progress(2).await.map(drop)
+}
+
+async fn without_fence(subject: &impl Subject) -> Checked {
+    let bench = Bench::new(subject).await?;
+    let untold = |lease: Lease| Lease::new(lease.id, lease.owner, 0);
+    let lease = bench.acquire(&bench.claim(1)?).await?;
+    bench.store.release(&untold(lease)).await.map_err(failed)?;
+    bench.expect_vacant().await?;
+    let bench = Bench::new(subject).await?;
+    let lease = bench.acquire(&bench.claim(1)?).await?;
+    bench.store.abandon(&untold(lease)).await.map_err(failed)?;
+    bench.expect_abandoned(1).await.map(drop)
 }
 
 async fn abandoned(subject: &impl Subject) -> Checked {
