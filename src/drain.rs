@@ -76,8 +76,8 @@ impl Working {
     }
 }
 
-/// Waits for requests that outlived their clients, of all clones of a layer; see
-/// [`IdempotencyLayer::drain`](crate::IdempotencyLayer::drain).
+/// By which to wait until no request with a key is running, of all clones of a layer, those included that outlived their
+/// clients; see [`IdempotencyLayer::drain`](crate::IdempotencyLayer::drain).
 ///
 /// A runtime that shuts down drops its tasks. Without a drain, a handler whose client left is then cut short and its
 /// outcome is unknown.
@@ -99,6 +99,7 @@ impl Working {
 /// # }
 /// ```
 #[derive(Clone, Debug)]
+#[must_use = "it waits only when it is asked to"]
 pub struct Drain {
     tasks: Arc<Tasks>,
 }

@@ -13,7 +13,7 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     /// If it is [`Guarantee::Transactional`] and the store has no transactions. It would be another guarantee, silently.
-    /// That is so for a `PostgresStore`, too, if another store stands in front of it.
+    /// That is so for a `PostgresStore`, too, if another store or an `Arc` stands in front of it: clone the store instead.
     #[must_use]
     pub fn guarantee(self, guarantee: Guarantee) -> Self {
         assert!(

@@ -63,6 +63,9 @@ impl IdempotencyLayer {
     ///     .profile(Profile::pockyt())
     ///     .max_request_body(64 * 1024);
     /// ```
+    ///
+    /// # Panics
+    /// As the settings of which the profile is made, such as [`route`](Self::route) where two patterns are one.
     #[must_use]
     pub fn profile(self, profile: Profile) -> Self {
         profile.apply(self)
@@ -109,7 +112,7 @@ impl IdempotencyLayer {
         self
     }
 
-    /// Waits, at shutdown, for requests whose clients left before they were answered.
+    /// A handle by which to wait, at shutdown, until no request with a key is running, with a client or without.
     pub fn drain(&self) -> Drain {
         Drain::new(Arc::clone(&self.shared.tasks))
     }

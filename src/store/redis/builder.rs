@@ -56,9 +56,8 @@ impl RedisStoreBuilder {
     }
 
     /// Within this time every step is answered or has failed as [`Unavailable`](StoreErrorKind::Unavailable), waiting
-    /// for a connection included, unless something blocks the threads of its runtime for longer. The layer tries a claim
-    /// twice within its [`store_timeout`](crate::IdempotencyLayer::store_timeout), so less than half of that. Default: one
-    /// second.
+    /// for a connection included, unless something blocks the threads of its runtime for longer. Each of the layer's two tries
+    /// has its [`store_timeout`](crate::IdempotencyLayer::store_timeout), so less than that. Default: one second.
     ///
     /// # Panics
     /// If it is zero.
