@@ -123,6 +123,18 @@ async fn a_waiter_that_leaves_frees_its_place_at_once() {
     assert_eq!(layer.counters().detached, 0, "a waiter has nothing to finish");
 }
 
+/// Does not execute the first request.
+fn busy_at_first(control: &Control, layer: &IdempotencyLayer) -> axum::Router {
+    answering(control, layer.clone(), |run, _, _| {
+        let status = if run == 1 {
+            StatusCode::SERVICE_UNAVAILABLE
+        } else {
+            StatusCode::OK
+        };
+        (status, format!("run {run}")).into_response()
+    })
+}
+
 /// Once the only one who may wait runs: one more waits, instead of being refused, and gets the answer.
 async fn assert_one_more_may_wait(app: &axum::Router, layer: &IdempotencyLayer, control: &Control) {
     let more = spawn(app, keyed("k", "a"));
@@ -139,14 +151,7 @@ async fn assert_one_more_may_wait(app: &axum::Router, layer: &IdempotencyLayer, 
 async fn a_waiter_that_runs_waits_no_more_and_its_place_is_free() {
     let layer = waiting(MemoryStore::new()).max_waiters(1);
     let control = gated();
-    let app = answering(&control, layer.clone(), |run, _, _| {
-        let status = if run == 1 {
-            StatusCode::SERVICE_UNAVAILABLE
-        } else {
-            StatusCode::OK
-        };
-        (status, format!("run {run}")).into_response()
-    });
+    let app = busy_at_first(&control, &layer);
     let first = spawn(&app, keyed("k", "a"));
     control.entered().await;
     let other = spawn(&app, keyed("k", "a"));
@@ -193,14 +198,7 @@ async fn a_different_request_does_not_wait() {
 async fn when_the_first_did_not_execute_one_waiter_runs_and_the_rest_get_its_answer() {
     let layer = waiting(MemoryStore::new());
     let control = gated();
-    let app = answering(&control, layer.clone(), |run, _, _| {
-        let status = if run == 1 {
-            StatusCode::SERVICE_UNAVAILABLE
-        } else {
-            StatusCode::OK
-        };
-        (status, format!("run {run}")).into_response()
-    });
+    let app = busy_at_first(&control, &layer);
     let first = spawn(&app, keyed("k", "a"));
     control.entered().await;
     let others: Vec<_> = (0..20).map(|_| spawn(&app, keyed("k", "a"))).collect();
@@ -254,14 +252,7 @@ async fn a_release_wakes_one_waiter_and_not_the_herd() {
 async fn a_waiter_that_was_called_and_leaves_passes_the_call_on() {
     let layer = waiting(MemoryStore::new());
     let control = gated();
-    let app = answering(&control, layer.clone(), |run, _, _| {
-        let status = if run == 1 {
-            StatusCode::SERVICE_UNAVAILABLE
-        } else {
-            StatusCode::OK
-        };
-        (status, format!("run {run}")).into_response()
-    });
+    let app = busy_at_first(&control, &layer);
     let first = spawn(&app, keyed("k", "a"));
     control.entered().await;
     // Polled by hand, so that it is called and does not run.

@@ -17,6 +17,9 @@ use crate::{error::StoreError, random};
 /// Records in one transaction at most: short enough to be in nobody's way.
 const BATCH: i64 = 1000;
 
+/// After one that failed there are smaller ones, down to this.
+const SMALLEST: i64 = 1;
+
 /// How many records a batch has now. Answers of a megabyte take so long to remove that a whole batch of them would never
 /// be done within the time of a step: after one that failed the next is half as large, and those that follow grow a
 /// little with each that is full and does not fail.
@@ -47,9 +50,6 @@ pub(super) struct Purged {
     pub(super) removed: u64,
     is_all: bool,
 }
-
-/// After one that failed there are smaller ones, down to this.
-const SMALLEST: i64 = 1;
 
 impl Inner {
     /// Removes at most one batch.
