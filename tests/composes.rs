@@ -5,9 +5,11 @@
 mod support;
 
 use std::{
+    collections::HashMap,
     convert::Infallible,
     future::{Ready, ready},
     pin::pin,
+    sync::{Arc, Mutex},
     task::{Context, Poll},
     time::Duration,
 };
@@ -16,11 +18,12 @@ use axum::{
     Router,
     body::Body,
     middleware::{Next, from_fn},
+    response::IntoResponse,
     routing::{MethodRouter, post},
 };
 use bytes::Bytes;
 use futures_util::poll;
-use http::{HeaderMap, Request, Response, StatusCode, Version};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version};
 use http_body_util::{BodyExt, Full};
 use tokio::sync::oneshot;
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn, util::BoxCloneService};
@@ -321,6 +324,73 @@ async fn a_timeout_below_is_the_handlers_answer_and_is_replayed() {
         1,
         "nobody knows what the handler did: it is not run again"
     );
+}
+
+/// At most two new keys for each tenant.
+async fn two_for_each_tenant(
+    used: Arc<Mutex<HashMap<String, u32>>>,
+    request: Request<Body>,
+    next: Next,
+) -> Response<Body> {
+    let tenant = request.headers()["authorization"].to_str().unwrap().to_owned();
+    let number = *used
+        .lock()
+        .unwrap()
+        .entry(tenant)
+        .and_modify(|used| *used += 1)
+        .or_insert(1);
+    if number > 2 {
+        let problem = r#"{"type":"about:blank","title":"Quota of new keys exceeded","status":429}"#;
+        let head = [("content-type", "application/problem+json"), ("retry-after", "60")];
+        return (StatusCode::TOO_MANY_REQUESTS, head, problem).into_response();
+    }
+    next.run(request).await
+}
+
+#[tokio::test]
+async fn a_quota_below_charges_new_keys_and_no_replays_and_what_it_refuses_leaves_nothing() {
+    let (effects, store, used) = (
+        Effects::default(),
+        MemoryStore::new(),
+        Arc::<Mutex<HashMap<_, _>>>::default(),
+    );
+    let app = Router::new().route("/payments", pay(&effects)).layer(
+        ServiceBuilder::new()
+            .layer(IdempotencyLayer::new(store.clone()))
+            .layer(from_fn(move |request, next| {
+                two_for_each_tenant(Arc::clone(&used), request, next)
+            })),
+    );
+    let of = |tenant: &'static str, key| {
+        let mut request = keyed("/payments", key, "100");
+        request
+            .headers_mut()
+            .insert("authorization", HeaderValue::from_static(tenant));
+        request
+    };
+    let first = ask(&app, of("a", "one")).await;
+    for _ in 0..5 {
+        assert_replay(&first, &ask(&app, of("a", "one")).await);
+    }
+    assert_eq!(ask(&app, of("a", "two")).await.status, StatusCode::CREATED);
+    let refused = ask(&app, of("a", "three")).await;
+    assert_eq!(
+        (
+            refused.status,
+            &refused.headers["retry-after"],
+            &refused.headers["content-type"]
+        ),
+        (
+            StatusCode::TOO_MANY_REQUESTS,
+            &HeaderValue::from_static("60"),
+            &HeaderValue::from_static("application/problem+json")
+        )
+    );
+    assert_eq!((effects.count(), store.len()), (2, 2), "what it refused left nothing");
+    // Who is over the quota still gets the answers of what ran, and others their own quota.
+    assert_replay(&first, &ask(&app, of("a", "one")).await);
+    assert_eq!(ask(&app, of("b", "three")).await.status, StatusCode::CREATED);
+    assert_eq!((effects.count(), store.len()), (3, 3));
 }
 
 #[tokio::test]
