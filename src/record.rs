@@ -1,6 +1,6 @@
 //! The words that a layer and a store exchange.
 
-use std::{fmt, time::Duration};
+use std::{fmt, io, time::Duration};
 
 use crate::{codec::StoredResponse, fingerprint::Fingerprint, hex, random};
 
@@ -49,8 +49,8 @@ impl Owner {
     ///
     /// # Errors
     /// If the operating system has no randomness to give.
-    pub fn random() -> Result<Self, getrandom::Error> {
-        random::bytes().map(Self)
+    pub fn random() -> io::Result<Self> {
+        Ok(Self(random::bytes()?))
     }
 
     /// A token as a store kept it.

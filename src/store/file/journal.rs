@@ -68,7 +68,7 @@ impl Journal {
         backend.read_raw(region.at, &mut bytes)?;
         let Found { entries, end } = scan(&bytes, region.at, epoch)?;
         let mut salt = [0; 8];
-        getrandom::fill(&mut salt).map_err(|error| io::Error::other(error.to_string()))?;
+        getrandom::fill(&mut salt).map_err(io::Error::from)?;
         let journal = Self {
             backend: backend.clone(),
             region,
