@@ -65,7 +65,7 @@ pub(crate) fn identify(
         None => {
             // Another fingerprinter gives another name: what was begun under the one before is not looked for.
             let name = policy.fingerprinter.for_name(parts, body, &fingerprint);
-            (IdempotencyKey::from(&name), scope.derived(&name))
+            (IdempotencyKey::derived(&name), scope.derived(&name))
         }
     };
     Ok(Some(Identity {

@@ -12,7 +12,7 @@ pub use self::source::KeySource;
 
 use crate::{
     fingerprint::Fingerprint,
-    record::RecordId,
+    hex,
     rejection::{Rejection, RejectionKind},
 };
 
@@ -33,12 +33,10 @@ impl IdempotencyKey {
     pub fn as_str(&self) -> &str {
         &self.0
     }
-}
 
-impl From<&Fingerprint> for IdempotencyKey {
     /// The name of an operation that the client gave none.
-    fn from(fingerprint: &Fingerprint) -> Self {
-        Self(RecordId::from_bytes(*fingerprint.digest()).to_hex().into())
+    pub(crate) fn derived(fingerprint: &Fingerprint) -> Self {
+        Self(hex::of(fingerprint.digest()).into())
     }
 }
 
