@@ -21,17 +21,20 @@ use crate::{
     extract::Attempt,
     flow::{Exchange, Step},
     grpc,
-    guard::{Guard, Outcome},
+    guard::Guard,
     keep::Keep,
     key::IdempotencyKey,
-    policy::{Guarantee, Policy, named_by_connection},
+    policy::{Policy, named_by_connection},
     record::{Lease, Retention},
     rejection::{Rejection, RejectionKind},
+    settle::Outcome,
     sync::Instant,
 };
 
 /// What the service answered.
 pub(crate) enum Ran<R: Body, E> {
+    /// The lease ran out before the service could be called.
+    NotStarted(Response<ResponseBody<R>>),
     /// The service could not take the request.
     NotReady(E),
     Failed(E),
@@ -77,12 +80,10 @@ impl<S> Exchange<S> {
         B: RequestBody,
         R: Body,
     {
-        let mut guard = Guard::new(Arc::clone(&self.shared), lease, self.claim.repeated, asked);
-        // Duplicates may have been told by now that nobody knows whether it ran, so it must not run any more.
-        let was_over = asked.is_some_and(|asked| asked.elapsed() >= self.claim.lease);
-        if was_over && self.shared.policy.guarantee == Guarantee::AtMostOnce {
-            guard.settle(Outcome::Unknown).await;
-            return Step::Done(Ok(self.refuse(Rejection::new(RejectionKind::OutcomeUnknown))));
+        let guard = Guard::new(Arc::clone(&self.shared), lease, self.claim.repeated, asked);
+        // Not asked for again where it must not run any more, whoever has it.
+        if let Err(kind @ RejectionKind::OutcomeUnknown) = guard.may_start() {
+            return self.give_up(guard, Rejection::new(kind)).await;
         }
         let claimed = {
             let asked = asked.unwrap_or_else(Instant::now);
@@ -91,11 +92,14 @@ impl<S> Exchange<S> {
         };
         match claimed {
             Ok(()) => Box::pin(self.run_guarded(guard)).await,
-            Err(rejection) => {
-                guard.settle(Outcome::NotExecuted).await;
-                Step::Done(Ok(self.refuse(rejection)))
-            }
+            Err(rejection) => self.give_up(guard, rejection).await,
         }
+    }
+
+    /// Nothing ran.
+    async fn give_up<R: Body, E>(self: Box<Self>, mut guard: Guard, rejection: Rejection) -> Step<S, R, E> {
+        guard.settle(Outcome::NotExecuted).await;
+        Step::Done(Ok(self.refuse(rejection)))
     }
 
     fn run_guarded<B, R>(mut self: Box<Self>, mut guard: Guard) -> impl Future<Output = Step<S, R, S::Error>>
@@ -104,7 +108,6 @@ impl<S> Exchange<S> {
         B: RequestBody,
         R: Body,
     {
-        guard.count_run();
         let lease = guard.lease();
         let key = &self.identity.key;
         let marked = guard.policy().marks_answers().then(|| key.clone());
@@ -112,7 +115,7 @@ impl<S> Exchange<S> {
         self.parts.extensions.insert(attempt);
         async move {
             let (outcome, reply) = {
-                let call = pin!(call(self, guard.policy()));
+                let call = pin!(call(self, guard.policy(), Some(&guard)));
                 judge(guard.hold(catch_panic(call)).await, guard.policy(), marked.as_ref())
             };
             #[cfg(seeded_bug)]
@@ -151,8 +154,12 @@ impl<S> Exchange<S> {
 }
 
 /// Calls the service and reads its answer. The request stays in its box until then: a future has room for all that it
-/// starts with beside all that it becomes.
-pub(crate) async fn call<S, B, R>(mut exchange: Box<Exchange<S>>, policy: &Policy) -> Ran<R, S::Error>
+/// starts with beside all that it becomes. Under a lease it has to be held still.
+pub(crate) async fn call<S, B, R>(
+    mut exchange: Box<Exchange<S>>,
+    policy: &Policy,
+    guard: Option<&Guard>,
+) -> Ran<R, S::Error>
 where
     S: Service<Request<B>, Response = Response<R>>,
     B: RequestBody,
@@ -160,6 +167,10 @@ where
 {
     if let Err(error) = ready(&mut exchange.service).await {
         return Ran::NotReady(error);
+    }
+    // It may have been a long time until then.
+    if let Some(Err(kind)) = guard.map(Guard::start) {
+        return Ran::NotStarted(exchange.refuse(Rejection::new(kind)));
     }
     let is_head = exchange.parts.method == Method::HEAD;
     let called = {
@@ -218,6 +229,7 @@ pub(crate) fn judge<R: Body, E>(
         Err(panic) if crate::seeded::is("frees what panicked") => (Outcome::NotExecuted, Err(panic)),
         Err(panic) => (Outcome::Unknown, Err(panic)),
         Ok(Ran::Failed(error)) => (Outcome::Unknown, Ok(Err(error))),
+        Ok(Ran::NotStarted(refused)) => (Outcome::NotExecuted, Ok(Ok(refused))),
         Ok(Ran::NotReady(error)) => (Outcome::NotExecuted, Ok(Err(error))),
         Ok(Ran::NotExecuted(parts, body)) => (Outcome::NotExecuted, answer(parts, ResponseBody::passed(body))),
         Ok(Ran::Whole(parts, body, retention)) => (

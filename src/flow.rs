@@ -20,12 +20,12 @@ use crate::{
     decide::{Decision, decide},
     error::{StoreError, StoreErrorKind},
     fingerprint::{Comparison, Fingerprint},
-    guard::{NEVER_GRANTED, Outcome, settle_later},
     identity::{Identity, identify},
     key::IdempotencyKey,
     policy::{Guarantee, Policy},
     record::{Begin, Claim, Lease, Owner, RecordId},
     rejection::{Rejection, RejectionKind},
+    settle::{NEVER_GRANTED, Outcome, settle_later},
     shared::Shared,
     sync::Instant,
     wait::{Prepared, Wait},
@@ -234,6 +234,7 @@ impl<S: Clone> Exchange<S> {
 /// One try, and a second one if the store does not answer the first. Where neither is told that it has the claim, the
 /// first may still arrive; it is ended, and `claim` has another owner from then on, whom that end does not concern.
 pub(crate) async fn begin(shared: &Arc<Shared>, id: &RecordId, claim: &mut Claim) -> Result<Begin, StoreError> {
+    let asked = Instant::now();
     match shared.call(shared.store.begin(id, claim)).await {
         Err(error) if error.is_retryable() => {}
         result => return result,
@@ -255,7 +256,8 @@ pub(crate) async fn begin(shared: &Arc<Shared>, id: &RecordId, claim: &mut Claim
             // The attempt that was to be taken over may have had its effect.
             Some(_) => Outcome::Unknown,
         };
-        settle_later(shared, Lease::new(*id, owner, NEVER_GRANTED), outcome);
+        let until = asked.checked_add(claim.lease);
+        settle_later(shared, Lease::new(*id, owner, NEVER_GRANTED), outcome, until);
     }
     second
 }

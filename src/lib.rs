@@ -38,6 +38,7 @@ mod scope;
 #[doc(hidden)]
 pub mod seeded;
 mod service;
+mod settle;
 mod shared;
 mod statuses;
 mod store;
@@ -46,6 +47,7 @@ mod sync;
 #[cfg(shuttle)]
 #[doc(hidden)]
 pub mod sync;
+mod term;
 #[cfg(feature = "testing")]
 pub mod testing;
 #[cfg(feature = "postgres")]

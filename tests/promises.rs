@@ -22,14 +22,10 @@ use serde_json::json;
 use support::{
     app::{answering, call, gated, keyed, open, pay, spawn},
     faulty::{Fault, FaultyStore, Op},
-    http::Answer,
 };
 use tokio::time::{Instant, sleep};
-use tower_idempotency::{
-    Fingerprinter, Guarantee, IdempotencyLayer, Keep, KeySource, MemoryStore, Retention, StoreErrorKind,
-};
+use tower_idempotency::{Guarantee, IdempotencyLayer, Keep, KeySource, MemoryStore, Retention, StoreErrorKind};
 
-const DOWN: Fault = Fault::Error(StoreErrorKind::Unavailable);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 fn order(id: &str, units: &[String]) -> Request<Body> {
@@ -104,131 +100,6 @@ async fn a_key_beside_that_is_lost_does_not_cost_the_operation_its_own() {
     control.let_go();
     assert_eq!(first.await.unwrap().status, StatusCode::CREATED);
     assert_eq!(control.runs(), 1);
-}
-
-#[tokio::test(start_paused = true)]
-async fn an_attempt_whose_claims_took_longer_than_its_lease_runs_only_if_it_was_not_taken_over() {
-    let store = FaultyStore::default();
-    let layer = of_units(&store)
-        .guarantee(Guarantee::AtLeastOnce)
-        .fingerprint(Fingerprinter::none())
-        .lease(Duration::from_secs(2));
-    let control = open();
-    let app = pay(&control, layer.clone());
-    store.fail(Op::Renew, [DOWN; 30]);
-    store.fail(Op::Begin, [Fault::Pass, Fault::BlackHole]);
-    let first = spawn(&app, order("a", &units(1)));
-    sleep(Duration::from_millis(2300)).await;
-    let second = call(&app, order("a", &[])).await;
-    assert_eq!(second.status, StatusCode::CREATED);
-    let first = first.await.unwrap();
-    layer.drain().finished().await;
-    assert_eq!(control.runs(), 1, "{first:?}");
-    let retry = call(&app, order("a", &[])).await;
-    assert_eq!((retry.is_replay(), retry.body), (true, second.body));
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_lease_is_renewed_a_third_of_it_after_its_claim_was_asked_for_however_late_that_was_answered() {
-    let (lease, third) = (Duration::from_secs(30), Duration::from_secs(10));
-    for answered_after in [1, 9, 11, 29].map(Duration::from_secs) {
-        let store = FaultyStore::default();
-        let layer = IdempotencyLayer::new(store.clone())
-            .lease(lease)
-            .store_timeout(2 * lease);
-        let control = gated();
-        let app = pay(&control, layer);
-        store.fail(Op::Begin, [Fault::SlowAnswer(answered_after)]);
-        let asked = Instant::now();
-        let _first = spawn(&app, keyed("k", "a"));
-        control.entered().await;
-        while store.calls(Op::Renew) == 0 {
-            sleep(Duration::from_millis(100)).await;
-        }
-        let due = third.max(answered_after);
-        assert!(
-            (due..due + Duration::from_millis(300)).contains(&asked.elapsed()),
-            "renewed after {:?}, answered after {answered_after:?}",
-            asked.elapsed()
-        );
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_store_that_answers_late_whatever_it_is_asked_keeps_a_running_attempt_from_being_taken_over() {
-    let store = FaultyStore::default();
-    let layer = IdempotencyLayer::new(store.clone())
-        .guarantee(Guarantee::AtLeastOnce)
-        .lease(Duration::from_secs(4));
-    let control = gated();
-    let app = pay(&control, layer);
-    let late = Fault::SlowAnswer(Duration::from_millis(2900));
-    store.fail(Op::Begin, [late]);
-    store.fail(Op::Renew, [late; 20]);
-    let first = spawn(&app, keyed("k", "a"));
-    while control.runs() == 0 {
-        assert!(!first.is_finished(), "{:?}", first.await);
-        sleep(Duration::from_millis(100)).await;
-    }
-    for _ in 0..200 {
-        let duplicate = spawn(&app, keyed("k", "a"));
-        sleep(Duration::from_millis(100)).await;
-        assert_eq!(control.runs(), 1, "both run");
-        assert_eq!(duplicate.await.unwrap().problem(), "request-in-progress");
-    }
-    control.let_go();
-    assert_eq!(first.await.unwrap().body, "run 1 attempt 1: a");
-}
-
-/// Under a lease of 4 seconds, which a second attempt takes over after this many seconds.
-async fn is_taken_over(store: &FaultyStore, after: u64) -> Answer {
-    let lease = Duration::from_secs(4);
-    let layer = IdempotencyLayer::new(store.clone())
-        .guarantee(Guarantee::AtLeastOnce)
-        .lease(lease)
-        .store_timeout(3 * lease);
-    let control = gated();
-    let app = pay(&control, layer);
-    let first = spawn(&app, keyed("k", "a"));
-    sleep(Duration::from_secs(after)).await;
-    let second = spawn(&app, keyed("k", "a"));
-    control.entered().await;
-    sleep(2 * lease).await;
-    assert!(first.is_finished(), "both run");
-    assert_eq!(control.runs(), 1);
-    control.let_go();
-    assert_eq!(second.await.unwrap().body, "run 1 attempt 2: a");
-    first.await.unwrap()
-}
-
-#[tokio::test(start_paused = true)]
-async fn an_attempt_whose_lease_was_over_and_another_ones_when_it_heard_of_it_does_not_run() {
-    let store = FaultyStore::default();
-    store.fail(Op::Begin, [Fault::SlowAnswer(Duration::from_secs(8))]);
-    assert_eq!(is_taken_over(&store, 6).await.problem(), "request-in-progress");
-    // In time for the lease, but not to be certain of it; then it is asked, and hears of that when the lease is over.
-    let store = FaultyStore::default();
-    store.fail(Op::Begin, [Fault::SlowAnswer(Duration::from_secs(3))]);
-    store.fail(Op::Renew, [Fault::SlowAnswer(Duration::from_secs(8)); 3]);
-    assert_eq!(is_taken_over(&store, 9).await.problem(), "request-in-progress");
-}
-
-#[tokio::test(start_paused = true)]
-async fn an_attempt_that_hears_of_its_lease_when_others_were_told_that_its_outcome_is_unknown_does_not_run() {
-    let store = FaultyStore::default();
-    let lease = Duration::from_secs(4);
-    let layer = IdempotencyLayer::new(store.clone())
-        .lease(lease)
-        .store_timeout(3 * lease);
-    let control = open();
-    let app = pay(&control, layer);
-    store.fail(Op::Begin, [Fault::SlowAnswer(2 * lease)]);
-    let first = spawn(&app, keyed("k", "a"));
-    sleep(lease + lease / 2).await;
-    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "outcome-unknown");
-    assert_eq!(first.await.unwrap().problem(), "outcome-unknown");
-    assert_eq!(call(&app, keyed("k", "a")).await.problem(), "outcome-unknown");
-    assert_eq!(control.runs(), 0);
 }
 
 // ---- the time of the first attempt

@@ -220,7 +220,7 @@ fn a_waiter_that_leaves_frees_its_place_and_keeps_no_call() {
     });
 }
 
-/// The lease ends while the handler runs, unless it is renewed; a rival comes in between.
+/// The lease ends while the handler runs, or before that, unless it is renewed; a rival comes in between.
 #[test]
 fn two_attempts_at_once_are_told_apart_by_their_fences() {
     explore(|| {
@@ -239,15 +239,17 @@ fn two_attempts_at_once_are_told_apart_by_their_fences() {
         let first = future::block_on(first).unwrap();
         time.join().unwrap();
         future::block_on(layer.drain().finished());
+        let ran = runs.load(SeqCst);
         let last = future::block_on(ask(&app));
-        assert_eq!((last.0, last.1), (StatusCode::CREATED, true), "one of them was stored");
+        let expected = (StatusCode::CREATED, ran > 0);
+        assert_eq!((last.0, last.1), expected, "one of those that ran was stored");
         let told = [first, second];
         let own = told
             .iter()
             .filter(|(status, is_replay, _)| *status == StatusCode::CREATED && !is_replay);
-        assert_eq!(own.clone().count(), runs.load(SeqCst), "each run was answered once");
+        assert_eq!(own.clone().count(), ran, "each run was answered once");
         assert!(
-            own.clone().any(|(_, _, body)| *body == last.2),
+            ran == 0 || own.clone().any(|(_, _, body)| *body == last.2),
             "what is kept was answered"
         );
     });

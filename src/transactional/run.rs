@@ -18,10 +18,10 @@ use crate::{
     extract::Attempt,
     flow::{Exchange, Next, Step, unusable_store},
     grpc,
-    guard::Outcome,
     identity::Identity,
     record::{Lease, RecordId},
     rejection::{Rejection, RejectionKind},
+    settle::Outcome,
     shared::Shared,
     store::Call,
 };
@@ -99,7 +99,7 @@ impl<S> Exchange<S> {
         self.parts.extensions.insert(Attempt::new(id, key, lease.fence));
         transaction.lend(&mut self.parts.extensions);
         let (outcome, reply) = {
-            let call = pin!(call(self, &shared.policy));
+            let call = pin!(call(self, &shared.policy, None));
             judge(catch_panic(call).await, &shared.policy, marked.as_ref())
         };
         let answer = match outcome {

@@ -198,7 +198,8 @@ impl Checker {
     fn begin(&mut self, run: Run, key: Key, fingerprint: u8) {
         let register = self.key(key);
         let asked = register.invoked.contains(&fingerprint);
-        // Where nothing ran, what became of a claim may be unknown for a time; its owner can still say that it was nothing.
+        // Where nothing ran, an owner says in time that it was nothing. But what it says may lie on the way until the lease is
+        // over, or the store's clock may jump.
         let unknown = register.unknown_was_said && register.runs > 0;
         register.runs += 1;
         if !asked {
