@@ -437,6 +437,26 @@ async fn records_that_take_longer_to_remove_than_a_step_may_last_are_removed_in_
 }
 
 #[tokio::test]
+async fn a_purge_that_had_no_connection_is_as_large_the_next_time() {
+    let server = Postgres::start(&[]);
+    let pool = server.pool(1);
+    let store = builder().timeout(Duration::from_secs(1));
+    let store = store.connect_pool(pool.clone()).await.unwrap();
+    let insert = "INSERT INTO idempotency_records SELECT 1, now(), now(), now(), 0, 0, 0, 'c', sha256(int4send(i)), '', \
+                  '', '' FROM generate_series(1, 1000) i";
+    server.say(insert).await;
+    let taken = pool.get().await.unwrap();
+    for _ in 0..2 {
+        let error = store.purge().await.unwrap_err();
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert_eq!(source, "there was no connection within the time of a step");
+        assert_eq!(error.kind(), StoreErrorKind::Unavailable);
+    }
+    drop(taken);
+    assert_eq!(store.purge().await.unwrap(), 1000);
+}
+
+#[tokio::test]
 async fn records_that_expired_are_removed_in_the_background_until_the_store_is_gone() {
     let server = Postgres::start(&[]);
     let store = builder().purge_every(Some(Duration::from_millis(5)));

@@ -4,7 +4,10 @@
 
 mod support;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use axum::{Router, routing::post};
 use http::StatusCode;
@@ -42,6 +45,49 @@ async fn a_session_in_a_transaction_asks_its_client_every_few_seconds_whether_it
         let layer = IdempotencyLayer::new(store).guarantee(Guarantee::Transactional);
         let app = Router::new().route("/pay", post(settings)).layer(layer);
         assert_eq!(call(&app, keyed("k", "a")).await.body, expected);
+    }
+}
+
+/// What is streamed, and not read when the handler answers, holds back what the server says of the commit; and the commit
+/// itself, where it is more than what lies between them takes.
+#[tokio::test]
+async fn what_became_of_a_commit_behind_a_stream_that_nobody_reads_is_found_out() {
+    for (rows, committed) in [(10, true), (100_000, false)] {
+        let server = Postgres::start(&[]);
+        server.say("CREATE TABLE done (key text PRIMARY KEY)").await;
+        let builder = PostgresStore::builder().create_table(true).purge_every(None);
+        let store = builder.timeout(PATIENCE).connect(&server.url()).await.unwrap();
+        let layer = IdempotencyLayer::new(store).guarantee(Guarantee::Transactional);
+        let unread = Arc::new(Mutex::new(None));
+        let kept = Arc::clone(&unread);
+        let handler = post(async move |transaction: PostgresTransaction| {
+            transaction.execute("INSERT INTO done VALUES ('k')", &[]).await.unwrap();
+            let sql = format!("SELECT repeat('x', 1000) FROM generate_series(1, {rows})");
+            let nothing: [&str; 0] = [];
+            let stream = transaction.query_raw(&sql, nothing).await.unwrap();
+            *kept.lock().unwrap() = Some(Box::pin(stream));
+            (StatusCode::CREATED, "done")
+        });
+        let app = Router::new()
+            .route("/pay", handler)
+            .layer(layer.store_timeout(Duration::from_secs(1)));
+        let first = call(&app, keyed("k", "a")).await;
+        let count = "SELECT count(*) FROM done";
+        assert_eq!(server.ask::<i64>(count).await, i64::from(committed));
+        if committed {
+            assert_eq!(first.status, StatusCode::CREATED);
+        } else {
+            assert_eq!(first.problem(), "transaction-rolled-back");
+        }
+        // Letting it go changes nothing.
+        unread.lock().unwrap().take();
+        let second = call(&app, keyed("k", "a")).await;
+        assert_eq!(server.ask::<i64>(count).await, i64::from(committed));
+        if committed {
+            assert_replay(&first, &second);
+        } else {
+            assert_eq!(second.problem(), "transaction-rolled-back");
+        }
     }
 }
 

@@ -90,7 +90,7 @@ impl PostgresStoreBuilder {
         }
     }
 
-    /// Remove what has expired, in batches of 1,000, about this often and more often while there is more. `None` leaves
+    /// Remove what has expired, in batches of up to 1,000, about this often and more often while there is more. `None` leaves
     /// it to you, by [`PostgresStore::purge`]. It is done by a task of the runtime in which the store is connected, and ends
     /// with that runtime. Default: every 10 seconds.
     ///
@@ -105,7 +105,7 @@ impl PostgresStoreBuilder {
     }
 
     /// Refuse to connect to a server that may forget what it was given: with `synchronous_commit`, `fsync` or
-    /// `full_page_writes` off. Default: it is used, with a warning.
+    /// `full_page_writes` off, or with an unlogged table. Default: it is used, with a warning.
     pub fn refuse_forgetful_server(self, refuse: bool) -> Self {
         Self {
             refuse_forgetful_server: refuse,
@@ -119,7 +119,7 @@ impl PostgresStoreBuilder {
     /// # Errors
     /// [`Unavailable`](StoreErrorKind::Unavailable) if it cannot be reached now, and [`Other`](StoreErrorKind::Other)
     /// for a URL that is none, a refused log-in, a server before PostgreSQL 13, a replica, a table that is missing, of
-    /// another version or not to be written to, or a server that is [refused](Self::refuse_forgetful_server).
+    /// another version, not to be written to or without its unique index, or a server that is [refused](Self::refuse_forgetful_server).
     pub async fn connect(self, url: &str) -> Result<PostgresStore, StoreError> {
         let mut config: Config = url
             .parse()

@@ -9,7 +9,7 @@ use tokio_postgres::{
     types::{ToSql, Type},
 };
 
-use super::failure::{classify, is_rolled_back, of_pool};
+use super::failure::{classify, is_rolled_back, no_connection, of_pool};
 use crate::error::{StoreError, StoreErrorKind};
 
 /// A value and its type, in the order of `$1`, `$2`, ...
@@ -76,25 +76,22 @@ impl Connections {
         values: &[Value<'_>],
         deadline: Instant,
     ) -> Result<Answer, StoreError> {
+        let late = |elapsed| StoreError::with_source(StoreErrorKind::Unavailable, elapsed);
         loop {
-            let result = match timeout_at(deadline, self.say_once(wanted, sql, values)).await {
-                Ok(result) => result,
-                Err(elapsed) => return Err(StoreError::with_source(StoreErrorKind::Unavailable, elapsed)),
-            };
+            let connection = timeout_at(deadline, self.pool.get())
+                .await
+                .map_err(|_| no_connection())?;
+            let mut taken = Taken::from(connection.map_err(of_pool)?);
+            let said = timeout_at(deadline, taken.say(wanted, sql, values, self.prepared));
+            let result = said.await.map_err(late)?.map_err(classify);
+            if result.as_ref().err().is_none_or(is_rolled_back) {
+                taken.give_back();
+            }
             match result {
                 Err(error) if is_rolled_back(&error) && Instant::now() < deadline => {}
                 result => return result,
             }
         }
-    }
-
-    async fn say_once(&self, wanted: Wanted, sql: &str, values: &[Value<'_>]) -> Result<Answer, StoreError> {
-        let mut taken = Taken::from(self.pool.get().await.map_err(of_pool)?);
-        let result = taken.say(wanted, sql, values, self.prepared).await.map_err(classify);
-        if result.as_ref().err().is_none_or(is_rolled_back) {
-            taken.give_back();
-        }
-        result
     }
 }
 

@@ -1,7 +1,10 @@
 //! What an error of the server, the connection or the pool means for a step.
 
+use std::{error::Error as StdError, fmt};
+
 use deadpool_postgres::PoolError;
-use tokio_postgres::Error;
+use tokio::time::error::Elapsed;
+use tokio_postgres::{Error, error::SqlState};
 
 use crate::error::{StoreError, StoreErrorKind};
 
@@ -19,6 +22,31 @@ pub(crate) fn of_pool(error: PoolError) -> StoreError {
         PoolError::Timeout(_) | PoolError::PostCreateHook(_) => StoreErrorKind::Unavailable,
     };
     StoreError::with_source(kind, error)
+}
+
+/// All were taken for all of a step's time, or no other one could be made.
+pub(crate) fn no_connection() -> StoreError {
+    StoreError::with_source(StoreErrorKind::Unavailable, NoConnection)
+}
+
+#[derive(Debug)]
+struct NoConnection;
+
+impl fmt::Display for NoConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("there was no connection within the time of a step")
+    }
+}
+
+impl StdError for NoConnection {}
+
+/// It had a connection, and more to do than fits into its time: ours, or one that somebody set.
+pub(crate) fn took_too_long(error: &StoreError) -> bool {
+    let source = StdError::source(error);
+    source.is_some_and(|source| {
+        let code = source.downcast_ref::<Error>().and_then(Error::code);
+        source.is::<Elapsed>() || code == Some(&SqlState::QUERY_CANCELED)
+    })
 }
 
 /// Where it is open whether the step was applied, or where the same step may succeed later, it is `Unavailable`.
@@ -54,7 +82,7 @@ pub(crate) fn kind_of(code: &str) -> StoreErrorKind {
 
 /// The server rolled the step back for the sake of another one, and it can be repeated at once.
 pub(crate) fn is_rolled_back(error: &StoreError) -> bool {
-    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<Error>());
+    let source = StdError::source(error).and_then(|source| source.downcast_ref::<Error>());
     source
         .and_then(Error::code)
         .is_some_and(|state| state.code().starts_with("40"))

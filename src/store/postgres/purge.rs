@@ -11,7 +11,7 @@ use std::{
 use tokio::time::{Instant, sleep};
 use tokio_postgres::types::Type;
 
-use super::Inner;
+use super::{Inner, failure::took_too_long};
 use crate::{error::StoreError, random};
 
 /// Records in one transaction at most: short enough to be in nobody's way.
@@ -57,9 +57,10 @@ impl Inner {
         let size = self.batch.size();
         let purged = self.purge_one(size).await;
         match &purged {
-            Err(_) => self.batch.failed(size),
+            // Of a pool without a connection, or a server that is not there, its size is not the reason.
+            Err(error) if took_too_long(error) => self.batch.failed(size),
             Ok(purged) if !purged.is_all => self.batch.was_full(size),
-            Ok(_) => {}
+            Err(_) | Ok(_) => {}
         }
         purged
     }
@@ -98,7 +99,7 @@ pub(super) async fn repeat(store: Weak<Inner>, every: Duration) {
                 Ok(Purged { is_all: true, .. }) => break,
                 // There is more. Half of the time is left to others.
                 Ok(_) => sleep(start.elapsed()).await,
-                Err(_) if size > SMALLEST => sleep(start.elapsed()).await,
+                Err(error) if size > SMALLEST && took_too_long(&error) => sleep(start.elapsed()).await,
                 // Of an outage whoever has a request meanwhile hears, too, but not of a table that grows without end.
                 Err(error) => {
                     tracing::warn!(

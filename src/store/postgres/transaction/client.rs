@@ -312,7 +312,8 @@ struct ClientSlot(Slot<Open>);
 /// What is written through it is committed together with the answer, or not at all. The layer does that when the handler
 /// has answered, so a handler neither commits nor rolls back; nested `SAVEPOINT`s are its own affair. One at a time has
 /// it, and by then it has to be given back, by being dropped. What it streams (`query_raw`, `copy_out`) has to be read to
-/// its end by then, and a `copy_in` to be finished: otherwise the commit is not answered, and all is rolled back.
+/// its end by then, and a `copy_in` to be finished: otherwise the commit is not answered, and all is rolled back
+/// or the client hears late that it is not.
 ///
 /// ```
 /// # use axum::http::StatusCode;
