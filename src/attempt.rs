@@ -53,11 +53,11 @@ pub(crate) type Reply<R, E> = thread::Result<Result<Response<ResponseBody<R>>, E
 
 impl<S> Exchange<S> {
     /// Runs the service under a lease and tells the store how it ended before anybody else hears of it.
-    /// `asked` is when the store was asked for the lease; `None` if it granted it at once.
+    /// `asked` is when the store was asked for the lease.
     pub(crate) fn run_under<B, R>(
         self: Box<Self>,
         lease: Lease,
-        asked: Option<Instant>,
+        asked: Instant,
     ) -> impl Future<Output = Step<S, R, S::Error>>
     where
         S: Service<Request<B>, Response = Response<R>>,
@@ -70,29 +70,31 @@ impl<S> Exchange<S> {
 
     /// As above, after the operation's other keys were claimed, if there are any: all of them, or it does not run. Nor does
     /// it if its own was granted so late that others take it for lost by now.
-    pub(crate) async fn claim_others_and_run<B, R>(
+    pub(crate) fn claim_others_and_run<B, R>(
         self: Box<Self>,
         lease: Lease,
-        asked: Option<Instant>,
-    ) -> Step<S, R, S::Error>
+        asked: Instant,
+    ) -> impl Future<Output = Step<S, R, S::Error>>
     where
         S: Service<Request<B>, Response = Response<R>>,
         B: RequestBody,
         R: Body,
     {
+        // Here, as above: a lease is never without one.
         let guard = Guard::new(Arc::clone(&self.shared), lease, self.claim.repeated, asked);
-        // Not asked for again where it must not run any more, whoever has it.
-        if let Err(kind @ RejectionKind::OutcomeUnknown) = guard.may_start() {
-            return self.give_up(guard, Rejection::new(kind)).await;
-        }
-        let claimed = {
-            let asked = asked.unwrap_or_else(Instant::now);
-            let claims = pin!(claim_others(&guard, &self.claim, &self.identity.others, asked));
-            guard.hold(claims).await
-        };
-        match claimed {
-            Ok(()) => Box::pin(self.run_guarded(guard)).await,
-            Err(rejection) => self.give_up(guard, rejection).await,
+        async move {
+            // Not asked for again where it must not run any more, whoever has it.
+            if let Err(kind @ RejectionKind::OutcomeUnknown) = guard.may_start() {
+                return self.give_up(guard, Rejection::new(kind)).await;
+            }
+            let claimed = {
+                let claims = pin!(claim_others(&guard, &self.claim, &self.identity.others, asked));
+                guard.hold(claims).await
+            };
+            match claimed {
+                Ok(()) => Box::pin(self.run_guarded(guard)).await,
+                Err(rejection) => self.give_up(guard, rejection).await,
+            }
         }
     }
 

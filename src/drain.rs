@@ -98,6 +98,9 @@ impl Working {
 /// }
 /// # }
 /// ```
+///
+/// A request counts from when it first has to wait. A handler that keeps its thread from its start, as blocking code does,
+/// is not seen until then, if its connection ends meanwhile.
 #[derive(Clone, Debug)]
 #[must_use = "it waits only when it is asked to"]
 pub struct Drain {

@@ -126,6 +126,8 @@ where
     R: Body + Send + 'static,
     R::Error: Send,
 {
+    // A lease may be counted from here on, however long the service keeps this thread.
+    let asked = Instant::now();
     let begin = exchange
         .shared
         .store
@@ -136,8 +138,8 @@ where
         _ => Arc::clone(&exchange.shared),
     };
     let work: Work<S, R, S::Error> = match next {
-        Some(Next::Run(lease)) if exchange.identity.others.is_empty() => Box::pin(exchange.run_under(lease, None)),
-        Some(Next::Run(lease)) => Box::pin(exchange.claim_others_and_run(lease, None)),
+        Some(Next::Run(lease)) if exchange.identity.others.is_empty() => Box::pin(exchange.run_under(lease, asked)),
+        Some(Next::Run(lease)) => Box::pin(exchange.claim_others_and_run(lease, asked)),
         _ => Box::pin(run(exchange)),
     };
     Start::Work(shared, work)
@@ -172,9 +174,9 @@ where
             match exchange.next(begin) {
                 Next::Reply(response) => return Step::Done(Ok(response)),
                 Next::Run(lease) if exchange.identity.others.is_empty() && !is_late => {
-                    return Box::pin(exchange.run_under(lease, Some(asked))).await;
+                    return Box::pin(exchange.run_under(lease, asked)).await;
                 }
-                Next::Run(lease) => return Box::pin(exchange.claim_others_and_run(lease, Some(asked))).await,
+                Next::Run(lease) => return Box::pin(exchange.claim_others_and_run(lease, asked)).await,
                 Next::RunUnprotected => return Step::Done(Box::pin(exchange.run_unprotected()).await),
                 Next::BeginAgain => {}
                 Next::Wait => return Step::Wait(exchange),

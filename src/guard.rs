@@ -36,8 +36,8 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    /// `asked` is when the store was asked for the lease; `None` if it granted it at once.
-    pub(crate) fn new(shared: Arc<Shared>, lease: Lease, repeated: bool, asked: Option<Instant>) -> Self {
+    /// `asked` is when the store was asked for the lease.
+    pub(crate) fn new(shared: Arc<Shared>, lease: Lease, repeated: bool, asked: Instant) -> Self {
         let term = Term::new(shared.policy.lease, asked);
         Self {
             shared,
@@ -168,10 +168,13 @@ impl Guard {
         }
     }
 
-    /// Whether duplicates may have been told by now that nobody knows what became of this attempt, and that it will not be
-    /// made again. Then it must not start any more, and its key must not become free.
-    fn may_have_been_given_up(&self) -> bool {
-        self.is_at_most_once() && self.term.standing() != Standing::Held
+    /// Duplicates may have been told by now that nobody knows what became of this attempt, and that it will not be made
+    /// again. Then its key must not become free.
+    fn see_whether_given_up(&self, outcome: &mut Outcome) {
+        let frees = matches!(outcome, Outcome::NotExecuted);
+        if frees && self.is_at_most_once() && self.term.standing() != Standing::Held {
+            *outcome = Outcome::Unknown;
+        }
     }
 
     fn is_at_most_once(&self) -> bool {
@@ -185,13 +188,12 @@ impl Guard {
 
     /// Tells the store how the attempt ended. Where the store does not answer, a task goes on trying.
     pub(crate) async fn settle(&mut self, mut outcome: Outcome) {
-        if matches!(outcome, Outcome::NotExecuted) && self.may_have_been_given_up() {
-            outcome = Outcome::Unknown;
-        }
+        self.see_whether_given_up(&mut outcome);
         // The operation's own record last: whoever finds it ended finds the others ended, too.
         if self.last_other().is_some() {
             // Many calls may take longer than a lease.
             self.hold(Box::pin(self.settle_others(&outcome))).await;
+            self.see_whether_given_up(&mut outcome);
         }
         outcome.become_that_of_attempt(&self.lease);
         self.count(&outcome);
@@ -219,7 +221,8 @@ impl Guard {
                 give_up_first_try(&self.shared, &other, &outcome);
             }
             if !store_answers {
-                settle_later(&self.shared, other, outcome, self.term.until());
+                // Whoever finds it is told that another operation has it, and never that an outcome is unknown.
+                settle_later(&self.shared, other, outcome, None);
             }
             // Only now: until here a panic of the store leaves it to the guard.
             self.others.lock().unwrap_or_else(PoisonError::into_inner).pop();

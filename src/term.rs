@@ -12,8 +12,6 @@ pub(crate) struct Term {
 }
 
 enum State {
-    /// Granted at once, and nothing had to wait since: no time has passed, and most attempts never look at a clock.
-    Fresh,
     Known(Known),
     /// The store said that it belongs to another attempt, or to none.
     Lost,
@@ -41,39 +39,26 @@ pub(crate) enum Standing {
 }
 
 impl Term {
-    /// `asked` is when the store was asked for the lease; `None` if it granted it at once.
-    pub(crate) fn new(length: Duration, asked: Option<Instant>) -> Self {
-        let state = asked.map_or(State::Fresh, |asked| State::Known(Known::new(asked, length)));
+    /// `asked` is when the store was asked for the lease.
+    pub(crate) fn new(length: Duration, asked: Instant) -> Self {
         Self {
             length,
-            state: Mutex::new(state),
+            state: Mutex::new(State::Known(Known::new(asked, length))),
         }
     }
 
     /// How long the lease can wait before it is asked for again. What was held before this counts, too.
     pub(crate) fn due_in(&self) -> Duration {
-        let mut state = self.state();
-        if let State::Fresh = *state {
-            *state = State::Known(Known::new(Instant::now(), self.length));
-        }
-        match &*state {
+        match &*self.state() {
             State::Known(Known { asked, again_in, .. }) => again_in.saturating_sub(asked.elapsed()),
-            State::Fresh | State::Lost => self.length / 3,
+            State::Lost => self.length / 3,
         }
     }
 
     /// It is asked for, and again so long after that.
     pub(crate) fn ask_again_in(&self, pause: Duration) {
-        let now = Instant::now();
-        match &mut *self.state() {
-            State::Known(known) => (known.asked, known.again_in) = (now, pause),
-            fresh @ State::Fresh => {
-                *fresh = State::Known(Known {
-                    again_in: pause,
-                    ..Known::new(now, self.length)
-                });
-            }
-            State::Lost => {}
+        if let State::Known(known) = &mut *self.state() {
+            (known.asked, known.again_in) = (Instant::now(), pause);
         }
     }
 
@@ -81,7 +66,6 @@ impl Term {
     pub(crate) fn renewed(&self, asked: Instant) {
         let mut state = self.state();
         let ran_out = match &*state {
-            State::Fresh => false,
             State::Known(known) => known.ran_out || known.is_over(),
             State::Lost => return,
         };
@@ -97,7 +81,6 @@ impl Term {
 
     pub(crate) fn standing(&self) -> Standing {
         match &*self.state() {
-            State::Fresh => Standing::Held,
             State::Known(known) if known.is_over() => Standing::Over,
             State::Known(Known { ran_out: true, .. }) => Standing::Regained,
             State::Known(_) => Standing::Held,
@@ -108,7 +91,7 @@ impl Term {
     /// When it runs out if it is not granted again; `None` if no clock can count that far.
     pub(crate) fn until(&self) -> Option<Instant> {
         match &*self.state() {
-            State::Fresh | State::Lost => Instant::now().checked_add(self.length),
+            State::Lost => Instant::now().checked_add(self.length),
             State::Known(known) => known.until,
         }
     }

@@ -5,13 +5,14 @@ mod support;
 
 use std::{
     convert::Infallible,
-    future::{Ready, ready},
+    future::{Future, Ready, ready},
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
-use axum::body::Body;
+use axum::{Router, body::Body, routing::post};
 use http::{Request, Response, StatusCode};
 use serde_json::json;
 use support::{
@@ -25,7 +26,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 use tower::{Layer, Service, ServiceExt};
-use tower_idempotency::{Fingerprinter, Guarantee, IdempotencyLayer, KeySource, StoreErrorKind};
+use tower_idempotency::{Fingerprinter, Guarantee, IdempotencyLayer, KeySource, MemoryStore, StoreErrorKind};
 
 const DOWN: Fault = Fault::Error(StoreErrorKind::Unavailable);
 const LEASE: Duration = Duration::from_secs(4);
@@ -353,4 +354,52 @@ async fn an_attempt_whose_service_was_busy_for_long_runs_under_a_lease_that_was_
     sleep(10 * LEASE).await;
     busy.set(false);
     assert_eq!(first.await.unwrap().body, "run 1");
+}
+
+/// Without a wait, as code does that computes or blocks.
+fn keep_the_thread_for(time: Duration) {
+    let mut passing = pin!(tokio::time::advance(time));
+    let _ = passing.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handler_that_keeps_its_thread_at_first_is_not_taken_for_lost_while_it_waits() {
+    for guarantee in [Guarantee::AtMostOnce, Guarantee::AtLeastOnce] {
+        let handler = async || {
+            keep_the_thread_for(LEASE / 4 * 3);
+            sleep(LEASE).await;
+            StatusCode::CREATED
+        };
+        let layer = IdempotencyLayer::new(MemoryStore::new())
+            .lease(LEASE)
+            .guarantee(guarantee);
+        let app = Router::new().route("/pay", post(handler)).layer(layer.clone());
+        let first = spawn(&app, keyed("k", "a"));
+        while layer.counters().executed == 0 {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..7 {
+            sleep(LEASE / 8).await;
+            let other = call(&app, keyed("k", "a")).await;
+            assert_eq!(other.problem(), "request-in-progress", "{guarantee:?}");
+        }
+        assert_eq!(first.await.unwrap().status, StatusCode::CREATED);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handler_that_kept_its_thread_until_its_lease_was_over_does_not_free_its_key() {
+    let handler = async || {
+        keep_the_thread_for(LEASE);
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    let layer = IdempotencyLayer::new(MemoryStore::new()).lease(LEASE);
+    let app = Router::new().route("/pay", post(handler)).layer(layer.clone());
+    assert_eq!(
+        call(&app, keyed("k", "a")).await.status,
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+    let retry = call(&app, keyed("k", "a")).await;
+    assert_eq!(retry.problem(), "outcome-unknown");
+    assert_eq!(layer.counters().executed, 1);
 }
