@@ -25,7 +25,8 @@ pub enum FileStoreErrorKind {
     InUse,
     /// The file or its directory may not be read or written, or the directory does not exist.
     NotAccessible,
-    /// The file is something else. Nothing in it was changed.
+    /// The file is something else. Nothing in it was changed, unless it is a redb database of another program: that is
+    /// opened as such before it is refused.
     NotAStore,
     /// The file was cut or changed by something else than a store.
     Damaged,

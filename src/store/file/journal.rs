@@ -45,6 +45,8 @@ pub(super) struct Journal {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Found {
     entries: Vec<Vec<u8>>,
+    /// Where the last of them begins, and where it ends, from the region's beginning.
+    last: u64,
     end: u64,
 }
 
@@ -63,10 +65,17 @@ impl From<Damaged> for redb::Error {
 
 impl Journal {
     /// Goes on where the epoch's last entry ends; returns the entries, oldest first.
+    ///
+    /// The last one is synced again: of what a sync failed for, the system may show what the medium does not have, and a
+    /// later sync would not say so. Were an entry written after it, it would be missed.
     pub(super) fn open(backend: &Backend, region: Region, epoch: u64) -> Result<(Self, Vec<Vec<u8>>), redb::Error> {
         let mut bytes = vec![0; region.len as usize];
         backend.read_raw(region.at, &mut bytes)?;
-        let Found { entries, end } = scan(&bytes, region.at, epoch)?;
+        let Found { entries, last, end } = scan(&bytes, region.at, epoch)?;
+        if last < end {
+            backend.write_raw(region.at + last, &bytes[last as usize..end as usize])?;
+            backend.sync_raw()?;
+        }
         let mut salt = [0; 8];
         getrandom::fill(&mut salt).map_err(io::Error::from)?;
         let journal = Self {
@@ -157,7 +166,7 @@ fn scan(bytes: &[u8], start: u64, epoch: u64) -> Result<Found, Damaged> {
     };
     let sectors = bytes.len() / SECTOR;
     let mut entries = Vec::new();
-    let mut first = 0;
+    let (mut last, mut first) = (0, 0);
     while first < sectors {
         let number = entries.len() as u32;
         let head = match sector(first) {
@@ -182,6 +191,7 @@ fn scan(bytes: &[u8], start: u64, epoch: u64) -> Result<Found, Damaged> {
             break;
         }
         entries.push(entry);
+        last = first;
         first += (usize::from(head.count) * SECTOR).next_multiple_of(BLOCK as usize) / SECTOR;
     }
     // An entry is written when the one before is durable.
@@ -192,6 +202,6 @@ fn scan(bytes: &[u8], start: u64, epoch: u64) -> Result<Found, Damaged> {
             _ => {}
         }
     }
-    let end = (first * SECTOR) as u64;
-    Ok(Found { entries, end })
+    let [last, end] = [last, first].map(|sector| (sector * SECTOR) as u64);
+    Ok(Found { entries, last, end })
 }

@@ -48,6 +48,12 @@ fn existing(path: &Path, file: File) -> Result<Disk, FileStoreError> {
         let what = "it is empty; remove it if nothing was ever in it";
         return Err(FileStoreError::new(FileStoreErrorKind::Damaged, path, what));
     }
+    // Whoever made it may have ended before it was durable that it is there.
+    match sync_directory(path) {
+        // One that may only be searched cannot be synced.
+        Err(denied) if denied.kind() == ErrorKind::PermissionDenied => {}
+        synced => synced.map_err(|source| FileStoreError::io(path, source))?,
+    }
     Ok(Disk::new(file, beside(path, ".spare")))
 }
 

@@ -1,6 +1,9 @@
 #![allow(clippy::unwrap_used)]
 
-use std::sync::{Arc, Mutex};
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicBool, Ordering},
+};
 
 use super::{
     super::{layout::Layout, medium::Medium},
@@ -263,4 +266,70 @@ fn an_entry_begins_a_block_of_its_own() {
     let (_, begins) = journal();
     let block = BLOCK as usize / SECTOR;
     assert!(begins.iter().all(|begin| begin.is_multiple_of(block)), "{begins:?}");
+}
+
+/// Shows what was written to it, and has of that what was synced; after a sync that fails it takes all for clean.
+#[derive(Debug, Default)]
+struct Forgetful {
+    shown: Bytes,
+    had: Bytes,
+    dirty: Mutex<Vec<(u64, Vec<u8>)>>,
+    fails: AtomicBool,
+}
+
+impl Medium for Forgetful {
+    fn len(&self) -> io::Result<u64> {
+        self.shown.len()
+    }
+
+    fn read(&self, at: u64, out: &mut [u8]) -> io::Result<()> {
+        self.shown.read(at, out)
+    }
+
+    fn write(&self, at: u64, data: &[u8]) -> io::Result<()> {
+        self.dirty.lock().unwrap().push((at, data.to_vec()));
+        self.shown.write(at, data)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.had.set_len(len)?;
+        self.shown.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let dirty = std::mem::take(&mut *self.dirty.lock().unwrap());
+        if self.fails.swap(false, Ordering::Relaxed) {
+            return Err(io::Error::other("it did not arrive"));
+        }
+        dirty.iter().try_for_each(|(at, data)| self.had.write(*at, data))
+    }
+
+    fn hold(&self, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn what_is_found_of_an_entry_whose_sync_failed_is_synced_before_another_is_written() {
+    let forgetful = Arc::new(Forgetful::default());
+    let medium: Arc<dyn Medium> = forgetful.clone();
+    let layout = Layout::make(&medium, 64 << 10, true).unwrap();
+    let start = || Backend::new(Arc::clone(&medium), layout);
+    let backend = start();
+    let region = backend.journal().unwrap();
+    let append = |journal: &mut Journal, number: u8| {
+        let mut effects = Effects::new();
+        effects.put(&[number; 32], &[number; 1000]);
+        journal.append(&effects)
+    };
+    let (mut journal, _) = Journal::open(&backend, region, 0).unwrap();
+    append(&mut journal, 0).unwrap();
+    forgetful.fails.store(true, Ordering::Relaxed);
+    assert!(append(&mut journal, 1).is_err());
+    let (mut journal, entries) = Journal::open(&start(), region, 0).unwrap();
+    assert_eq!(entries.len(), 2, "it is shown");
+    append(&mut journal, 2).unwrap();
+    let mut had = vec![0; region.len as usize];
+    forgetful.had.read(region.at, &mut had).unwrap();
+    assert_eq!(scan(&had, region.at, 0).unwrap().entries.len(), 3);
 }
