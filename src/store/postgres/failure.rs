@@ -4,7 +4,7 @@ use std::{error::Error as StdError, fmt};
 
 use deadpool_postgres::PoolError;
 use tokio::time::error::Elapsed;
-use tokio_postgres::{Error, error::SqlState};
+use tokio_postgres::Error;
 
 use crate::error::{StoreError, StoreErrorKind};
 
@@ -40,13 +40,10 @@ impl fmt::Display for NoConnection {
 
 impl StdError for NoConnection {}
 
-/// It had a connection, and more to do than fits into its time: ours, or one that somebody set.
-pub(crate) fn took_too_long(error: &StoreError) -> bool {
-    let source = StdError::source(error);
-    source.is_some_and(|source| {
-        let code = source.downcast_ref::<Error>().and_then(Error::code);
-        source.is::<Elapsed>() || code == Some(&SqlState::QUERY_CANCELED)
-    })
+/// It had a connection, and may have had more to do than fits into its time: ours, or one that somebody set, on the server
+/// or on the way to it, who may only close the connection.
+pub(crate) fn may_be_too_much(error: &StoreError) -> bool {
+    StdError::source(error).is_some_and(|source| source.is::<Elapsed>() || source.is::<Error>())
 }
 
 /// Where it is open whether the step was applied, or where the same step may succeed later, it is `Unavailable`.

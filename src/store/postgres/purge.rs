@@ -11,7 +11,7 @@ use std::{
 use tokio::time::{Instant, sleep};
 use tokio_postgres::types::Type;
 
-use super::{Inner, failure::took_too_long};
+use super::{Inner, failure::may_be_too_much};
 use crate::{error::StoreError, random};
 
 /// Records in one transaction at most: short enough to be in nobody's way.
@@ -58,7 +58,7 @@ impl Inner {
         let purged = self.purge_one(size).await;
         match &purged {
             // Of a pool without a connection, or a server that is not there, its size is not the reason.
-            Err(error) if took_too_long(error) => self.batch.failed(size),
+            Err(error) if may_be_too_much(error) => self.batch.failed(size),
             Ok(purged) if !purged.is_all => self.batch.was_full(size),
             Err(_) | Ok(_) => {}
         }
@@ -99,7 +99,7 @@ pub(super) async fn repeat(store: Weak<Inner>, every: Duration) {
                 Ok(Purged { is_all: true, .. }) => break,
                 // There is more. Half of the time is left to others.
                 Ok(_) => sleep(start.elapsed()).await,
-                Err(error) if size > SMALLEST && took_too_long(&error) => sleep(start.elapsed()).await,
+                Err(error) if size > SMALLEST && may_be_too_much(&error) => sleep(start.elapsed()).await,
                 // Of an outage whoever has a request meanwhile hears, too, but not of a table that grows without end.
                 Err(error) => {
                     tracing::warn!(
