@@ -236,6 +236,30 @@ async fn a_connection_that_is_cut_without_a_word_is_given_up_for_a_new_one() {
 }
 
 #[tokio::test]
+async fn a_silent_connection_is_given_up_by_those_who_never_wait_for_their_deadline() {
+    let server = Redis::start(&[]);
+    let proxy = Proxy::before(server.port()).await;
+    let store = RedisStore::builder()
+        .timeout(Duration::from_secs(1))
+        .connect(&proxy.url())
+        .await
+        .unwrap();
+    let lease = acquire(&store, 1).await;
+    store.complete(&lease, &kept(10), MINUTE.into()).await.unwrap();
+    proxy.black_hole();
+    let until_back = async {
+        loop {
+            let (id, claim) = (id(1), claim());
+            if let Ok(Ok(begin)) = timeout(Duration::from_millis(300), store.begin(&id, &claim)).await {
+                return begin;
+            }
+        }
+    };
+    let begin = timeout(MINUTE, until_back).await.expect("on another connection");
+    assert!(matches!(begin, Begin::Completed { .. }));
+}
+
+#[tokio::test]
 async fn a_subscription_that_is_cut_without_a_word_is_given_up_for_a_new_one() {
     let server = Redis::start(&[]);
     let proxy = Proxy::before(server.port()).await;

@@ -128,6 +128,15 @@ async fn waiting(primary: &Redis, within: Duration) -> RedisStore {
 }
 
 #[tokio::test]
+async fn replicas_that_would_be_waited_for_as_long_as_the_server_are_refused() {
+    let server = Redis::start(&[]);
+    let second = Duration::from_secs(1);
+    let builder = RedisStore::builder().timeout(second).wait_for_replicas(1, second);
+    let error = builder.connect(&server.url()).await.unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::Other);
+}
+
+#[tokio::test]
 async fn what_a_replica_acknowledged_is_there_when_it_is_promoted() {
     let (mut primary, replica) = pair(&[]).await;
     let store = waiting(&primary, PATIENCE).await;

@@ -1,5 +1,6 @@
 //! URLs of single servers, sentinels and clusters.
 
+use percent_encoding::percent_decode_str;
 use redis::{
     Client, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo, ProtocolVersion, RedisError, RedisResult,
     TlsMode,
@@ -87,10 +88,10 @@ fn sentinel(base: &str, hosts: &Hosts<'_>, has_tls: bool, certificates: &Certifi
     if let Some(password) = of_server.password() {
         builder = builder.set_client_to_redis_password(password);
     }
-    if let Some(username) = hosts.parameter("sentinel_username") {
+    if let Some(username) = hosts.decoded("sentinel_username")? {
         builder = builder.set_client_to_sentinel_username(username);
     }
-    if let Some(password) = hosts.parameter("sentinel_password") {
+    if let Some(password) = hosts.decoded("sentinel_password")? {
         builder = builder.set_client_to_sentinel_password(password);
     }
     if has_tls {
@@ -150,6 +151,17 @@ impl<'a> Hosts<'a> {
         self.hosts.iter().map(info).collect()
     }
 
+    /// Its value as the client decodes those before the hosts: with `%` for whatever would end it.
+    fn decoded(&self, name: &str) -> RedisResult<Option<String>> {
+        let decode = |value| {
+            let decoded = percent_decode_str(value).decode_utf8();
+            decoded
+                .map(String::from)
+                .map_err(|_| wrong("a credential of the sentinels is not UTF-8"))
+        };
+        self.parameter(name).map(decode).transpose()
+    }
+
     fn parameter(&self, name: &str) -> Option<&'a str> {
         let mut parameters = self.parameters.split('&').filter_map(|pair| pair.split_once('='));
         parameters.find(|(found, _)| *found == name).map(|(_, value)| value)
@@ -173,6 +185,10 @@ mod tests {
         assert_eq!(hosts.hosts, ["one:1", "[::1]:2", "three"]);
         assert_eq!(hosts.parameter("sentinel_password"), Some("x"));
         assert_eq!(hosts.parameter("sentinel_username"), Some("y"));
+        let decoded = |parameters: &str| Hosts::parse(&format!("localhost?{parameters}")).decoded("sentinel_password");
+        assert_eq!(decoded("sentinel_password=p%40s%26%25").unwrap().unwrap(), "p@s&%");
+        assert_eq!(decoded("other=x").unwrap(), None);
+        assert!(decoded("sentinel_password=%ff").is_err());
         let plain = Hosts::parse("localhost");
         assert_eq!((plain.user, plain.hosts, plain.path), ("", vec!["localhost"], ""));
     }

@@ -18,9 +18,10 @@ use super::{
     waiters::Waiters,
     way::Way,
 };
-#[cfg(doc)]
-use crate::error::StoreErrorKind;
-use crate::{error::StoreError, store::hints::Hints};
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    store::hints::Hints,
+};
 
 /// The settings of a [`RedisStore`], from [`RedisStore::builder`].
 #[derive(Clone, Debug)]
@@ -57,7 +58,8 @@ impl RedisStoreBuilder {
 
     /// Within this time every step is answered or has failed as [`Unavailable`](StoreErrorKind::Unavailable), waiting
     /// for a connection included, unless something blocks the threads of its runtime for longer. Each of the layer's two tries
-    /// has its [`store_timeout`](crate::IdempotencyLayer::store_timeout), so less than that. Default: one second.
+    /// has its [`store_timeout`](crate::IdempotencyLayer::store_timeout), so less than that, or the layer gives steps up
+    /// before it is known what became of them. Default: one second.
     ///
     /// # Panics
     /// If it is zero.
@@ -68,8 +70,8 @@ impl RedisStoreBuilder {
     }
 
     /// Refuse servers that may evict records (a `maxmemory-policy` other than `noeviction`), that forget them at a
-    /// restart (no append-only file), or that do not say; each server of a cluster, and the new primary after a
-    /// failover. Default: they are used, with a warning.
+    /// restart (no append-only file), or that do not say; the new primary after a failover, too, and of a cluster
+    /// each server that can be reached when it is connected to. Default: they are used, with a warning.
     pub fn refuse_forgetful_server(mut self, refuse: bool) -> Self {
         self.settings.refuse_forgetful_server = refuse;
         self
@@ -81,7 +83,9 @@ impl RedisStoreBuilder {
     ///
     /// A failover that promotes a replica which acknowledged loses nothing then. Which one it promotes is not up to us,
     /// so this makes a loss rarer and not impossible. All steps of a process wait in one line, so their number per second
-    /// is at most that of a replica's answers. Default: none are waited for.
+    /// is at most that of a replica's answers. `within` has to be less than the [`timeout`](Self::timeout), or nothing
+    /// connects: a step would end, and its connection with it, before it is known that there are too few. Default: none
+    /// are waited for.
     ///
     /// # Panics
     /// If `count` is zero.
@@ -117,7 +121,8 @@ impl RedisStoreBuilder {
     /// | `redis+sentinel://user:password@host:26379,host:26380/service/0` | the primary of a service, by its sentinels |
     ///
     /// `rediss` in place of `redis` encrypts (feature `redis-tls`); `valkey` and `valkeys` are the same as `redis` and
-    /// `rediss`. Credentials are those of the servers; `?sentinel_username=…&sentinel_password=…` are those of sentinels.
+    /// `rediss`. Credentials are those of the servers; `?sentinel_username=…&sentinel_password=…` are those of
+    /// sentinels. In all of them `%` and two digits stand for a character.
     ///
     /// # Errors
     /// [`Unavailable`](StoreErrorKind::Unavailable) if it cannot be reached now, and [`Other`](StoreErrorKind::Other)
@@ -168,6 +173,14 @@ impl RedisStoreBuilder {
     }
 
     async fn start(self, way: Way) -> Result<RedisStore, StoreError> {
+        if self
+            .settings
+            .replicas
+            .is_some_and(|replicas| replicas.within >= self.settings.timeout)
+        {
+            let what = "replicas are to be waited for as long as for the server itself, or longer";
+            return Err(StoreError::with_source(StoreErrorKind::Other, what));
+        }
         let (way, keys, timeout) = (Arc::new(way), Keys::new(self.prefix), self.settings.timeout);
         let connection = Arc::new(Connection::new(Arc::clone(&way), self.settings));
         connection.open().await.map_err(classify)?;

@@ -42,6 +42,22 @@ pub(super) struct Connection {
     state: Mutex<State>,
 }
 
+/// A step on its way. Whoever gives it up before its deadline got no answer, either: one who always does would otherwise
+/// stay with a silent connection.
+struct Asked<'a> {
+    connection: &'a Connection,
+    /// The link's, until there is an answer.
+    number: Option<u64>,
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        if let Some(number) = self.number {
+            self.connection.note(number, Some(&left()));
+        }
+    }
+}
+
 #[derive(Default)]
 struct State {
     link: Option<Link>,
@@ -111,8 +127,13 @@ impl Connection {
             // It says nothing of the connection.
             return Landed::failed(late("it was not sent in time"));
         }
+        let mut asked = Asked {
+            connection: self,
+            number: Some(number),
+        };
         let landed = timeout_at(deadline, flight.fly(&mut link, self.settings.replicas)).await;
         let landed = landed.unwrap_or_else(|elapsed| Landed::failed(late(elapsed)));
+        asked.number = None;
         self.note(number, landed.answer.as_ref().err());
         landed
     }
@@ -289,6 +310,11 @@ fn after(now: Instant, time: Duration) -> Instant {
 
 pub(super) fn late(why: impl Into<Box<dyn Error + Send + Sync>>) -> RedisError {
     std::io::Error::new(std::io::ErrorKind::TimedOut, why).into()
+}
+
+/// What is said of a connection by those who did not wait for its answer.
+pub(super) fn left() -> RedisError {
+    late("nobody waits for the answer any more")
 }
 
 /// An answer that no version of the server gives.

@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use super::{
-    connection::{Connection, late},
+    connection::{Connection, late, left},
     flight::{Flight, Landed, Piece},
     together::{Asked, PATIENCE},
 };
@@ -80,8 +80,7 @@ async fn send(connection: &Connection, parcels: Vec<Asked<Parcel, Landed>>) {
         Ok(Ok(landed)) => waiters.tell(landed),
         Ok(Err(error)) => waiters.fail(&error),
         // What was not written yet is not.
-        Err(NobodyWaits { late: None }) => {}
-        Err(NobodyWaits { late }) => connection.note(number, late.as_ref()),
+        Err(NobodyWaits { late }) => connection.note(number, Some(&late.unwrap_or_else(left))),
     }
 }
 
