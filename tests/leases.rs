@@ -403,3 +403,24 @@ async fn a_handler_that_kept_its_thread_until_its_lease_was_over_does_not_free_i
     assert_eq!(retry.problem(), "outcome-unknown");
     assert_eq!(layer.counters().executed, 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_whose_other_keys_took_longer_than_its_lease_to_free_does_not_free_its_own() {
+    let store = FaultyStore::default();
+    let layer = of_units(&store).fingerprint(Fingerprinter::none()).lease(LEASE);
+    let handler = async || StatusCode::SERVICE_UNAVAILABLE;
+    let app = Router::new().route("/pay", post(handler)).layer(layer.clone());
+    store.fail(Op::Renew, [DOWN; 40]);
+    store.fail(Op::Release, [Fault::SlowAnswer(Duration::from_millis(2900)); 2]);
+    let first = spawn(&app, order("a", &["u0", "u1"]));
+    sleep(Duration::from_millis(4500)).await;
+    assert_eq!(call(&app, order("a", &[])).await.problem(), "outcome-unknown");
+    assert_eq!(first.await.unwrap().status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(call(&app, order("a", &[])).await.problem(), "outcome-unknown");
+    assert_eq!(layer.counters().executed, 1);
+    // The others are nobody's any more.
+    assert_eq!(
+        call(&app, order("b", &["u0", "u1"])).await.status,
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+}
