@@ -122,7 +122,7 @@ impl RedisStoreBuilder {
     ///
     /// `rediss` in place of `redis` encrypts (feature `redis-tls`); `valkey` and `valkeys` are the same as `redis` and
     /// `rediss`. Credentials are those of the servers; `?sentinel_username=…&sentinel_password=…` are those of
-    /// sentinels. In all of them `%` and two digits stand for a character.
+    /// sentinels. In all of them `%` and two hexadecimal digits stand for a byte.
     ///
     /// # Errors
     /// [`Unavailable`](StoreErrorKind::Unavailable) if it cannot be reached now, and [`Other`](StoreErrorKind::Other)

@@ -47,13 +47,13 @@ pub(super) struct Connection {
 
 /// A step on its way. Whoever gives it up before its deadline got no answer, either: one who always does would otherwise
 /// stay with a silent connection.
-struct Asked<'a> {
+struct OnItsWay<'a> {
     connection: &'a Connection,
     /// The link's, until there is an answer.
     number: Option<u64>,
 }
 
-impl Drop for Asked<'_> {
+impl Drop for OnItsWay<'_> {
     fn drop(&mut self) {
         if let Some(number) = self.number {
             self.connection.note(number, Some(&left()));
@@ -130,13 +130,13 @@ impl Connection {
             // It says nothing of the connection.
             return Landed::failed(late("it was not sent in time"));
         }
-        let mut asked = Asked {
+        let mut step = OnItsWay {
             connection: self,
             number: Some(number),
         };
         let landed = timeout_at(deadline, flight.fly(&mut link, self.settings.replicas)).await;
         let landed = landed.unwrap_or_else(|elapsed| Landed::failed(late(elapsed)));
-        asked.number = None;
+        step.number = None;
         self.note(number, landed.answer.as_ref().err());
         landed
     }
